@@ -1,0 +1,18 @@
+"""The papers of the gallery: one line for each file."""
+
+from __future__ import annotations
+
+import importlib
+
+from parasym.gallery.contract import Entry
+
+FILES: dict[str, str] = {
+    "dcs-mirror-symmetry": "dcs_mirror_symmetry",
+    "equivariance-toolbox": "equivariance_toolbox",
+    "stochastic-collapse": "stochastic_collapse",
+}
+
+
+def entries() -> dict[str, Entry]:
+    """All papers by slug; each file holds its `Entry` as ``ENTRY``."""
+    return {slug: importlib.import_module(f"parasym.gallery.{file}").ENTRY for slug, file in FILES.items()}

@@ -1,0 +1,329 @@
+"""The tangent picture of a model at one point: its Jacobian, its null space, and what each null direction does inside.
+
+A direction of parameters that leaves every output unchanged moves the activations in between. Those movements are read off
+exactly (forward-mode derivatives), edge by edge; :mod:`parasym.symmetry.families` then asks which of them are the same affine
+map on every sample (a symmetry) and which cannot be seen by any reader.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from parasym.core.errors import InputError
+from parasym.core.graph import Graph
+from parasym.core.guards import math_attention
+
+Batch = Sequence[Tensor]
+_GAP_FLOOR = 1e-11  # relative singular values above this are never null
+_TANGENT_BYTES = 400_000_000
+
+
+@dataclass
+class Flat:
+    """Parameters as one vector: names, shapes, offsets."""
+
+    shapes: dict[str, torch.Size]
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        out, at = {}, 0
+        for name, shape in self.shapes.items():
+            out[name] = slice(at, at + math.prod(shape))
+            at += math.prod(shape)
+        return out
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(s) for s in self.shapes.values())
+
+    def pack(self, params: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([params[n].reshape(-1) for n in self.shapes]) if self.shapes else torch.zeros(0)
+
+    def unpack(self, vector: Tensor) -> dict[str, Tensor]:
+        """(..., P) -> {name: (..., *shape)}."""
+        return {n: vector[..., s].reshape(*vector.shape[:-1], *self.shapes[n]) for n, s in self.slices.items()}
+
+    def rows(self, names: Sequence[str]) -> Tensor:
+        """Indices of the entries of some parameters."""
+        return torch.cat([torch.arange(self.slices[n].start, self.slices[n].stop) for n in names]) if names else torch.zeros(0, dtype=torch.long)
+
+
+def flat_of(graph: Graph) -> Flat:
+    return Flat({n: p.shape for n, p in graph.params.items()})
+
+
+def jacobian_columns(graph: Graph, params: Mapping[str, Tensor], env: Mapping[str, object], wanted: Sequence[str], directions: Tensor, flat: Flat) -> list[Tensor]:
+    """Derivatives of some nodes along parameter directions, by forward mode.
+
+    Args:
+        directions: (k, P) tangents.
+
+    Returns:
+        for each wanted node a tensor (k, *node shape).
+    """
+    base = {n: params[n] for n in flat.shapes}
+
+    def run(p: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(graph.replay({**params, **p}, env, wanted))
+
+    def push(v: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.jvp(run, (base,), (flat.unpack(v),))[1]
+
+    with math_attention():
+        first = push(directions[0])
+        per = sum(t.numel() for t in first) * 8 * 4 + 1
+        chunk = max(1, min(len(directions), _TANGENT_BYTES // (per * 8)))
+        try:
+            parts = [torch.func.vmap(push)(c) for c in directions.split(chunk)]
+        except RuntimeError:  # an operator without a batching rule: one direction at a time
+            parts = [tuple(t[None] for t in push(v)) for v in directions]
+    return [torch.cat([p[i] for p in parts]) for i in range(len(wanted))]
+
+
+@dataclass
+class NullSpace:
+    """Null space of the Jacobian of all outputs with respect to all parameters.
+
+    Attributes:
+        basis: (P, n) orthonormal.
+        values: all singular values, largest first, relative to the largest.
+        scale: largest singular value.
+        samples: number of batches used.
+    """
+
+    basis: Tensor
+    values: Tensor
+    scale: float
+    samples: int
+
+    @property
+    def nullity(self) -> int:
+        return self.basis.shape[1]
+
+    @property
+    def gap(self) -> tuple[float, float]:
+        """(smallest kept, largest null) relative singular value."""
+        rank = len(self.values) - self.nullity
+        return float(self.values[rank - 1]) if rank else 1.0, float(self.values[rank]) if self.nullity else 0.0
+
+
+def cut(values: Tensor) -> int:
+    """Rank from relative singular values (descending): the widest gap below the floor, else all of them."""
+    n = len(values)
+    below = int((values > _GAP_FLOOR).sum())
+    if below == n:
+        return n
+    # genuine values go down to 4e-10 and null ones sit near 1e-15: look for the widest ratio in between
+    window = values.clamp(min=1e-17)
+    rank, best = below, 0.0
+    for r in range(max(1, int((values > 1e-8).sum())), n):
+        ratio = float(window[r - 1] / window[r])
+        if values[r] < 1e-12 and ratio > best:
+            rank, best = r, ratio
+    return rank
+
+
+def triangular(graph: Graph, params: Mapping[str, Tensor], batches: Sequence[Batch], flat: Flat) -> Tensor:
+    """R factor (<= P, P) of the Jacobian stacked over the batches; rows of one batch at a time are in memory."""
+    R = torch.zeros(0, flat.size, dtype=torch.float64)
+    eye = torch.eye(flat.size, dtype=torch.float64)
+    for data in batches:
+        env = graph.prepare(data)
+        columns = jacobian_columns(graph, params, env, graph.outputs, eye, flat)
+        J = torch.cat([c.reshape(flat.size, -1) for c in columns], 1).T
+        if not torch.isfinite(J).all():
+            raise InputError("the Jacobian of the model is not finite at these weights and inputs: look for NaN or infinite weights, overflow, or a square root or logarithm at zero.")
+        R = torch.linalg.qr(torch.cat([R, J]), mode="r").R if len(R) + len(J) > flat.size else torch.cat([R, J])
+    return R
+
+
+def null_space(R: Tensor, samples: int) -> NullSpace:
+    P = R.shape[1]
+    if P == 0:
+        return NullSpace(torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), 0.0, samples)
+    if len(R) < P:
+        R = torch.cat([R, torch.zeros(P - len(R), P, dtype=R.dtype)])
+    _, s, Vh = svd(R)
+    top = float(s[0]) or 1.0
+    values = s / top
+    rank = cut(values)
+    return NullSpace(Vh[rank:].T.contiguous(), values, top, samples)
+
+
+def svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Full SVD; the slower driver when the fast one does not converge."""
+    try:
+        return torch.linalg.svd(A, full_matrices=True)
+    except RuntimeError:
+        import scipy.linalg
+
+        u, s, vh = scipy.linalg.svd(A.numpy(), lapack_driver="gesvd")
+        return torch.from_numpy(u), torch.from_numpy(s), torch.from_numpy(vh)
+
+
+def kernel(A: Tensor, tol: float) -> Tensor:
+    """Orthonormal basis (k, m) of {c : |A c| <= tol |c|}, for A of shape (rows, k)."""
+    k = A.shape[1]
+    if A.shape[0] == 0 or k == 0:
+        return torch.eye(k, dtype=torch.float64)
+    if A.shape[0] > k:
+        A = torch.linalg.qr(A, mode="r").R
+    _, s, Vh = svd(A)
+    rank = int((s > tol).sum())
+    return Vh[rank:].T.contiguous()
+
+
+def span(A: Tensor, tol: float = 1e-9) -> Tensor:
+    """Orthonormal basis of the columns of A; columns below ``tol`` relative are dropped."""
+    if A.shape[1] == 0:
+        return A
+    u, s, _ = torch.linalg.svd(A, full_matrices=False)
+    return u[:, s > tol * max(float(s[0]), 1e-300)] if float(s[0]) > 0 else A[:, :0]
+
+
+# -- edges ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Edge:
+    """An activation between parameter operators, sample by sample.
+
+    Attributes:
+        name: node of the graph.
+        shape: shape of one sample (without the batch).
+        x: (N, *shape) values.
+        dx: (n, N, E) movement along each null direction, E = prod(shape).
+        hidden: (E, h) orthonormal basis of the directions no reader sees.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    x: Tensor
+    dx: Tensor
+    hidden: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+
+
+def batch_layout(graph: Graph, params: Mapping[str, Tensor], data: Batch, names: Sequence[str]) -> dict[str, tuple[int, int, bool] | None]:
+    """Where the batch sits in each node: (axis, batch size, outermost in that axis?) by moving one sample, or None (no batch)."""
+    sizes = {t.shape[0] for t in data if t.dim()}
+    if len(sizes) != 1 or (B := sizes.pop()) < 2:
+        return dict.fromkeys(names)
+    moved = []
+    for t in data:
+        t = t.clone()
+        t[0] = t[1] if not torch.equal(t[0], t[1]) else (t[0] + 1 if t.is_floating_point() else t[0].roll(1, 0) if t[0].dim() else t[0])
+        moved.append(t)
+    before = graph.replay(params, graph.prepare(data), names)
+    after = graph.replay(params, graph.prepare(moved), names)
+    out: dict[str, tuple[int, int, bool] | None] = {}
+    for name, a, b in zip(names, before, after, strict=True):
+        out[name] = _layout(a != b, B)
+    return out
+
+
+def _layout(changed: Tensor, B: int) -> tuple[int, int, bool] | None:
+    for axis, size in enumerate(changed.shape):
+        if size % B:
+            continue
+        rest = [i for i in range(changed.dim()) if i != axis]
+        hit = changed.any(rest) if len(rest) > 0 else changed
+        if isinstance(hit, Tensor) and hit.dim() > 1:
+            hit = hit.flatten(1).any(1)
+        inner = size // B
+        if not bool(hit.reshape(B, inner)[1:].any()) and bool(hit.any()):
+            return axis, B, True
+        if not bool(hit.reshape(inner, B)[:, 1:].any()) and bool(hit.any()):
+            return axis, B, False
+    for axis, size in enumerate(changed.shape):  # samples are coupled: take the first axis of the batch's size
+        if size == B:
+            return axis, B, True
+    return None
+
+
+def by_sample(t: Tensor, layout: tuple[int, int, bool] | None, lead: int = 0) -> Tensor:
+    """Bring the batch to the front: (*lead, B, *shape of a sample)."""
+    if layout is None:
+        return t.unsqueeze(lead)
+    axis, B, outer = layout
+    axis += lead
+    inner = t.shape[axis] // B
+    t = t.reshape(*t.shape[:axis], *((B, inner) if outer else (inner, B)), *t.shape[axis + 1 :])
+    t = t.movedim(axis if outer else axis + 1, lead)
+    if inner == 1:
+        t = t.squeeze(axis + 1)
+    return t
+
+
+def hidden_directions(graph: Graph, params: Mapping[str, Tensor], batches: Sequence[Batch], names: Sequence[str], layouts: Mapping[str, tuple[int, int, bool] | None], generator: torch.Generator) -> dict[str, Tensor]:
+    """Directions of each edge that no output depends on, to first order: the null space of all gradients arriving there."""
+    rows: dict[str, list[Tensor]] = {n: [] for n in names}
+    kind = graph.kind
+    for data in batches:
+        env = graph.prepare(data)
+        live = dict(env)
+        for holder, canonical in graph.holders.items():
+            live[holder] = params[canonical]
+        leaves: dict[str, Tensor] = {}
+        for n in graph.nodes:
+            if n.name in live:
+                continue
+            value = graph._evaluate(n, live)
+            if n.name in rows and isinstance(value, Tensor):
+                value = value.requires_grad_() if value.is_leaf else value
+                leaves[n.name] = value
+            live[n.name] = value
+        outs = [live[o] for o in graph.outputs]
+        size = {n: v.numel() for n, v in leaves.items()}
+        per_sample = {n: s // max(1, (layouts[n] or (0, 1, True))[1]) for n, s in size.items()}
+        need = max([math.ceil(1.5 * p / max(1, (layouts[n] or (0, 1, True))[1]) / len(batches)) for n, p in per_sample.items()], default=0) + 4
+        for _ in range(min(need, 400)):
+            weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outs]
+            total = sum((w * o).sum() for w, o in zip(weights, outs, strict=True))
+            grads = torch.autograd.grad(total, list(leaves.values()), retain_graph=True, allow_unused=True)
+            for (n, leaf), g in zip(leaves.items(), grads, strict=True):
+                g = torch.zeros_like(leaf) if g is None else g
+                g = by_sample(g, layouts[n])
+                rows[n].append(g.reshape(g.shape[0], -1).detach())
+    del kind
+    out = {}
+    for n, parts in rows.items():
+        G = torch.cat(parts)
+        G = G / (G.norm(dim=1, keepdim=True).clamp(min=1e-300))
+        out[n] = kernel(G, 1e-9 * max(1.0, float(torch.linalg.matrix_norm(G, 2)))) if G.shape[1] else G.T
+    return out
+
+
+def edge_motion(
+    graph: Graph, params: Mapping[str, Tensor], null: Tensor, batches: Sequence[Batch], flat: Flat, generator: torch.Generator
+) -> list[Edge]:
+    """What each null direction does on every edge.
+
+    Args:
+        null: (P, n) basis of the null space.
+    """
+    names = graph.edges()
+    if not names or null.shape[1] == 0:
+        return []
+    layouts = batch_layout(graph, params, batches[0], names)
+    xs: dict[str, list[Tensor]] = {n: [] for n in names}
+    dxs: dict[str, list[Tensor]] = {n: [] for n in names}
+    for data in batches:
+        env = graph.prepare(data)
+        values = graph.replay(params, env, names)
+        moves = jacobian_columns(graph, params, env, names, null.T.contiguous(), flat)
+        for n, v, d in zip(names, values, moves, strict=True):
+            xs[n].append(by_sample(v, layouts[n]))
+            d = by_sample(d, layouts[n], lead=1)
+            dxs[n].append(d.reshape(d.shape[0], d.shape[1], -1))
+    hidden = hidden_directions(graph, params, batches, names, layouts, generator)
+    out = []
+    for n in names:
+        x = torch.cat(xs[n])
+        out.append(Edge(n, tuple(x.shape[1:]), x, torch.cat(dxs[n], 1), hidden[n]))
+    return out
