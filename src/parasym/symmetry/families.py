@@ -18,7 +18,7 @@ from parasym.symmetry.symmetry import Kind
 from parasym.symmetry.tangent import Edge, Flat, kernel, span
 
 CLASSES: tuple[Kind, ...] = ("pure", "translation", "diagonal", "linear", "affine")
-_MAX_AXIS = 16
+_MAX_AXIS = 24
 _TOL = 1e-7
 _LEAK = 1e-11  # squared: support outside a parameter set
 
@@ -63,6 +63,12 @@ def field_columns(e: Edge, kind: Kind, rows: Tensor | None = None) -> Tensor:
     return torch.cat(out) if out else torch.zeros(0, N, E, dtype=x.dtype)
 
 
+def _field_count(e: Edge, kind: Kind) -> int:
+    E, axes = e.x[0].numel(), _map_axes(e.shape, e.x[0].numel())
+    general = sum(e.shape[a] ** 2 for a in axes) + E * (len(e.shape) > 1)
+    return {"pure": 0, "translation": E, "diagonal": E, "linear": general, "affine": general + E}[kind]
+
+
 def _diagonal(flat: Tensor) -> Tensor:
     """(E, N, E): element j scaled, the others still."""
     N, E = flat.shape
@@ -98,10 +104,9 @@ def class_residual(e: Edge, kind: Kind) -> Tensor:
     Scaled so that the largest movement of the edge has norm one.
     """
     n, N, E = e.dx.shape
-    keep = min(N, max(12, 6000 // E))
-    rows = torch.arange(keep)
+    rows = torch.arange(min(N, 8 + (2 * n + 2 * _field_count(e, kind)) // E))  # more equations than unknowns
     dx = e.dx[:, rows] - (e.dx[:, rows] @ e.hidden) @ e.hidden.T
-    top = float(torch.linalg.matrix_norm(e.dx[:, rows].reshape(n, -1), 2))
+    top = float(e.dx[:, rows].norm(dim=(1, 2)).max())
     size = float(e.x[rows].norm()) + 1e-300
     if top <= 1e-9 * size:
         return torch.zeros(0, n, dtype=dx.dtype)
@@ -245,10 +250,11 @@ def _light(gram: Tensor) -> Tensor:
 
 
 def find_families(graph: Graph, flat: Flat, null: Tensor, edges: Sequence[Edge]) -> tuple[list[Family], Tensor]:
-    """Families that explain the null space, and an orthonormal basis (P, r) of what none of them explains."""
+    """Families that explain the null space (what no field on the edges explains comes last, as "blind"), and a basis (P, r) of the rest."""
     cover = Cover(graph, flat, null)
     n = null.shape[1]
     for kind, U in class_subspaces(edges, n).items():
         cover.add_class(kind, U)
+    cover.add_class("blind", torch.eye(n, dtype=torch.float64))
     rest = cover._fresh(torch.eye(n, dtype=torch.float64))
     return cover.families, null @ rest
