@@ -27,10 +27,29 @@ MAX_HEADER = 100_000_000
 """Largest safetensors header in bytes that is read; the format's own limit."""
 
 _BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4,
-    "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64,
-    "I64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+}
 _SAFE_ADVICE = "Save the weights again with safetensors (safetensors.torch.save_file(model.state_dict(), ...))."
 
 
@@ -126,7 +145,9 @@ def check_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     path = Path(path)
 
     def refuse(what: str) -> CheckpointError:
-        return CheckpointError(f"{path} is not a valid safetensors file: {what}. It is damaged or was not written by safetensors; fetch or save it again.")
+        return CheckpointError(
+            f"{path} is not a valid safetensors file: {what}. It is damaged or was not written by safetensors; fetch or save it again."
+        )
 
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -166,10 +187,14 @@ def check_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
-            raise refuse(f"{name!r} starts at byte {begin}, and the tensor before it ends at {position} ({'overlap' if begin < position else 'gap'})")
+            raise refuse(
+                f"{name!r} starts at byte {begin}, and the tensor before it ends at {position} ({'overlap' if begin < position else 'gap'})"
+            )
         position = end
-    if position != size - 8 - length:
-        raise refuse(f"its tensors take {position:,} bytes, and {size - 8 - length:,} follow the header ({'truncated' if position > size - 8 - length else 'left over'})")
+    rest = size - 8 - length
+    if position != rest:
+        what = "truncated" if position > rest else "left over"
+        raise refuse(f"its tensors take {position:,} bytes, and {rest:,} follow the header ({what})")
     return header
 
 
@@ -203,12 +228,13 @@ def load_exported(path: Path) -> torch.export.ExportedProgram:
             return torch.export.load(io.BytesIO(data))
     except Exception as error:
         raise CheckpointError(
-            f"{path} could not be loaded as an exported program: {_first_line(error)}. Export it again with torch.export.save under torch {torch.__version__}."
+            f"{path} could not be loaded as an exported program: {_first_line(error)}. "
+            f"Export it again with torch.export.save under torch {torch.__version__}."
         ) from error
 
 
 _OPERATOR = re.compile(
-    r"torch\.ops\.(aten|prims|prim|higher_order)(\.(?!__)\w+){1,2}"
+    r"torch\.ops\.(aten|prims|prim|higher_order)\.((?!__)\w+|__i?(and|or|xor|lshift|rshift)__)(\.(?!__)\w+)?"
     r"|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pos|pow|and_|or_|not_|eq|ne|lt|le|gt|ge)"
     r"|math\.(ceil|floor|trunc|sqrt)|torch\.sym_\w+|torch\._sym_\w+"
 )
@@ -229,7 +255,10 @@ def _vet_member(path: Path, name: str, data: bytes) -> None:
     """Refuse one member of a ``.pt2`` archive if loading it could execute something."""
     inner = name.partition("/")[2]
     if inner.startswith("data/aotinductor") or "custom_obj" in inner or "opaque_obj" in inner:
-        raise CheckpointError(f"{path} carries compiled code or opaque objects ({inner}), which parasym does not load. Export the plain program with torch.export.save.")
+        raise CheckpointError(
+            f"{path} carries compiled code or opaque objects ({inner}), which parasym does not load. "
+            "Export the plain program with torch.export.save."
+        )
     if inner.startswith("models/"):
         try:
             program = json.loads(data)
@@ -238,10 +267,12 @@ def _vet_member(path: Path, name: str, data: bytes) -> None:
         for kind, text in _strings(program):
             if not _harmless(kind, text):
                 raise CheckpointError(
-                    f"{path} has a program with the {kind} {text[:120]!r}, which is not an operator, name or expression that torch.export writes. "
+                    f"{path} has a program with the {kind} {text[:120]!r}, which torch.export does not write. "
                     "It was altered or uses custom operators; load the Python model instead."
                 )
-    elif data[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and inner.startswith(("data/sample_inputs", "data/constants")):
+    elif data[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and inner.startswith(
+        ("data/sample_inputs", "data/constants")
+    ):
         _restricted_load(data, f"{path} ({inner})")
 
 
@@ -277,8 +308,12 @@ def _restricted_load(data: bytes, source: str) -> Any:
         blocked = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class|operand|instruction)[^\n.]*", text)
         if "weights_only" in text.lower() or "unsupported" in text.lower():
             found = blocked.group(0) if blocked else _first_line(error)
-            raise CheckpointError(f"{source} was refused: it asks to run more than loading tensors ({found}). Nothing was executed. {_SAFE_ADVICE}") from None
-        raise CheckpointError(f"{source} could not be read: {_first_line(error)}. It is damaged, truncated or not a torch file. {_SAFE_ADVICE}") from None
+            raise CheckpointError(
+                f"{source} was refused: it asks to run more than loading tensors ({found}). Nothing was executed. {_SAFE_ADVICE}"
+            ) from None
+        raise CheckpointError(
+            f"{source} could not be read: {_first_line(error)}. It is damaged, truncated or not a torch file. {_SAFE_ADVICE}"
+        ) from None
 
 
 @contextmanager

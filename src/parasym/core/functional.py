@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from parasym.core.errors import InputError, ParasymError
+from parasym.core.guards import no_checkpointing
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel")
 _PACKED = ("4bit", "8bit", "int8params", "quantiz", "packed")
@@ -47,8 +49,11 @@ class Functional:
     empty: tuple[str, ...]
     dtype: torch.dtype | None = None
     _slots: tuple[_Slot, ...] = field(default=())
+    _perms: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def __call__(self, params: Mapping[str, Tensor] | None = None, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
+    def __call__(
+        self, params: Mapping[str, Tensor] | None = None, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[Tensor, ...]:
         """Evaluate the model at the given parameters.
 
         Args:
@@ -104,7 +109,6 @@ class Functional:
         if not isinstance(params, Mapping):
             raise InputError(f"Parameters must be a mapping of name to tensor, got {type(params).__name__}.")
         found: dict[str, Tensor] = {}
-        views = {slot.path: slot for slot in self._slots if slot.name in self.params}
         for name, value in params.items():
             canonical = self.aliases.get(name, name)
             if canonical not in self.params:
@@ -113,12 +117,13 @@ class Functional:
             if not isinstance(value, Tensor):
                 raise InputError(f"Parameter {name!r} must be a tensor, got {type(value).__name__}.")
             own = self.params[canonical]
-            perm = views[name].perm if name in views else None
+            perm = self._perms.get(name)
             shape = own.shape if perm is None else torch.Size(own.shape[i] for i in perm)
             if value.shape != shape:
                 raise InputError(f"Parameter {name!r} has shape {tuple(shape)}, got {tuple(value.shape)}.")
             if value.dtype.is_complex != own.dtype.is_complex or not (value.is_floating_point() or value.is_complex()):
-                raise InputError(f"Parameter {name!r} is {own.dtype}, got {value.dtype}: give a {'complex' if own.is_complex() else 'floating'} tensor.")
+                wanted = "complex" if own.is_complex() else "floating"
+                raise InputError(f"Parameter {name!r} is {own.dtype}, got {value.dtype}: give a {wanted} tensor.")
             if perm is not None:
                 value = value.permute(tuple(perm.index(i) for i in range(len(perm))))
             if canonical in found and found[canonical] is not value:
@@ -143,7 +148,8 @@ class Functional:
                     if slot.name not in fresh:
                         fresh[slot.name] = self.buffers[slot.name].clone()
                     slot.module._buffers[slot.attr] = fresh[slot.name]
-            return self.model(*args, **kwargs)
+            with no_checkpointing():
+                return self.model(*args, **kwargs)
         except (ParasymError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as e:
@@ -151,9 +157,10 @@ class Functional:
                 raise  # the operator lacks a derivative or a batching rule: for the caller's fall-back, not for the user
             raise InputError(_misfit(self.model, args, kwargs, e)) from e
         finally:
-            for m, attributes, *dicts in saved:
-                for now, before in zip((m._parameters, m._buffers, m._modules), dicts, strict=True):
-                    _restore(now, before)
+            for m, attributes, own_params, own_buffers, children in saved:
+                _restore(m._parameters, own_params)
+                _restore(m._buffers, own_buffers)
+                _restore(m._modules, children)
                 _restore(vars(m), attributes)
 
 
@@ -192,7 +199,9 @@ def functional(model: nn.Module, *, values: bool = True) -> Functional:
     params: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    owners: list[tuple[str, Tensor]] = []
+    perms: dict[str, tuple[int, ...]] = {}
+    by_id: dict[int, str] = {}
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
     seen_slots: dict[tuple[int, str], str] = {}
     frozen: set[str] = set()
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -205,6 +214,8 @@ def functional(model: nn.Module, *, values: bool = True) -> Functional:
             if (id(module), attr) in seen_slots:
                 if (first := seen_slots[id(module), attr]) in params or first in aliases:
                     aliases[path] = aliases.get(first, first)
+                    if first in perms:
+                        perms[path] = perms[first]
                 continue
             seen_slots[id(module), attr] = path
             _check_tensor(path, p, values)
@@ -212,16 +223,21 @@ def functional(model: nn.Module, *, values: bool = True) -> Functional:
                 buffers[path] = p.detach()
                 slots.append(_Slot(module, attr, path, path, True))
                 continue
-            name, perm = _canonical(path, p, owners)
+            strided = p.layout is torch.strided and not p.is_meta and p.numel() > 0
+            family = by_storage.setdefault(p.untyped_storage().data_ptr(), []) if strided else []
+            name, perm = (by_id[id(p)], None) if id(p) in by_id else _canonical(path, p, family)
             slots.append(_Slot(module, attr, path, name, True, perm))
             if name != path:
                 aliases[path] = name
+                if perm is not None:
+                    perms[path] = perm
                 continue
-            owners.append((path, p))
+            by_id[id(p)] = path
+            family.append((path, p))
             params[path] = p.detach()
             if not p.requires_grad:
                 frozen.add(path)
-    integer = [n for n in buffers]
+    integer = list(buffers)
     if integer and not params:
         raise InputError(
             f"{type(model).__name__} has parameters of integer type only ({_list(integer)}; {buffers[integer[0]].dtype}): "
@@ -240,7 +256,7 @@ def functional(model: nn.Module, *, values: bool = True) -> Functional:
     if values:
         _check_finite(params, buffers)
     empty = tuple(n for n, p in params.items() if p.numel() == 0)
-    return Functional(model, params, buffers, aliases, frozenset(frozen), empty, None, tuple(slots))
+    return Functional(model, params, buffers, aliases, frozenset(frozen), empty, None, tuple(slots), perms)
 
 
 def float_outputs(out: Any, of: str = "the function") -> tuple[Tensor, ...]:
@@ -296,20 +312,19 @@ def _unwrap(model: Any) -> nn.Module:
         hint = ""
         if isinstance(model, Mapping):
             hint = " That is a state dict: build the model and load it with model.load_state_dict(...)."
-        elif isinstance(model, type) and issubclass(model, nn.Module):
+        elif isinstance(model, type):
             hint = f" That is a class: make an instance, {model.__name__}(...)."
-        elif isinstance(model, str):
-            hint = " Load the model first."
         raise InputError(f"The model must be a torch.nn.Module, got {type(model).__name__}.{hint}")
     while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif type(model).__name__ in _WRAPPERS and isinstance(inner := getattr(model, "module", None), nn.Module):
-            model = inner
-        else:
+        attr = "module" if type(model).__name__ in _WRAPPERS else "_orig_mod"
+        inner = getattr(model, attr, None)
+        if not isinstance(inner, nn.Module):
             break
+        model = inner
     if isinstance(model, torch.jit.ScriptModule):
-        raise InputError(f"{type(model).__name__} is a TorchScript module, whose weights cannot be exchanged: give the eager module it was made from.")
+        raise InputError(
+            f"{type(model).__name__} is a TorchScript module, whose weights cannot be exchanged: give the eager module it was made from."
+        )
     return model
 
 
@@ -320,18 +335,20 @@ def _check_module(prefix: str, module: nn.Module) -> None:
 
 
 def _check_tensor(path: str, t: Tensor, values: bool, kind: str = "parameter") -> None:
-    if isinstance(t, UninitializedTensorMixin):
+    if is_lazy(t):
         raise InputError(f"The {kind} {path} is not initialised yet (lazy module): run the model once on an example batch first.")
     if not values:
         return
     kind_name = type(t).__name__
     if kind_name == "DTensor" or (hasattr(t, "full_tensor") and hasattr(t, "placements")):
-        raise InputError(f"The {kind} {path} is sharded over devices ({kind_name}): gather the model (full_tensor, or a full state dict) first.")
+        raise InputError(f"The {kind} {path} is sharded over devices ({kind_name}): gather it (full_tensor, or a full state dict) first.")
     if t.is_meta:
         raise InputError(f"The {kind} {path} is on the meta device and has no values: load the weights (to_empty, then load_state_dict).")
     packed = t.is_quantized or getattr(t, "quant_state", None) is not None or any(k in kind_name.lower() for k in _PACKED)
     if packed or (t.is_floating_point() and t.element_size() == 1):
-        raise InputError(f"The {kind} {path} is quantised or packed ({kind_name}, {t.dtype}): dequantise the model, or load it in float32 or bfloat16.")
+        raise InputError(
+            f"The {kind} {path} is quantised or packed ({kind_name}, {t.dtype}): dequantise the model, or load it in float32 or bfloat16."
+        )
     if t.layout is not torch.strided:
         raise InputError(f"The {kind} {path} has layout {t.layout}: only dense (strided) tensors can be used; call .to_dense().")
 
@@ -342,7 +359,8 @@ def _check_finite(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -
         if p.numel() and not bool(torch.isfinite(p).all()):
             nan = int(torch.isnan(p).sum())
             inf = int((~torch.isfinite(p)).sum()) - nan
-            bad.append(f"{name} ({f'{nan} NaN' if nan else ''}{' and ' if nan and inf else ''}{f'{inf} Inf' if inf else ''} of {p.numel()} entries)")
+            found = " and ".join(f"{n} {kind}" for n, kind in ((nan, "NaN"), (inf, "Inf")) if n)
+            bad.append(f"{name} ({found} of {p.numel()} entries)")
     for name, b in buffers.items():  # infinities are legitimate there: attention masks
         if (b.is_floating_point() or b.is_complex()) and (nan := int(torch.isnan(b).sum())):
             bad.append(f"buffer {name} ({nan} NaN of {b.numel()} entries)")
@@ -351,16 +369,9 @@ def _check_finite(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -
 
 
 def _canonical(path: str, p: Tensor, owners: list[tuple[str, Tensor]]) -> tuple[str, tuple[int, ...] | None]:
-    """Find the earlier parameter this one is (the same object, the same memory, or a transposed view of it), else itself."""
+    """Find the earlier parameter this one is (the same memory, or a transposed view of it), else itself; ``owners`` share its storage."""
     for name, q in owners:
-        if q is p:
-            return name, None
-    if p.is_meta or p.numel() == 0:
-        return path, None
-    for name, q in owners:
-        if q.is_meta or q.numel() == 0 or q.device != p.device or q.untyped_storage().data_ptr() != p.untyped_storage().data_ptr():
-            continue
-        if _end(p) <= q.data_ptr() or _end(q) <= p.data_ptr():  # neighbours in one flat buffer
+        if q.device != p.device or _end(p) <= q.data_ptr() or _end(q) <= p.data_ptr():  # neighbours in one flat buffer
             continue
         if p.data_ptr() == q.data_ptr() and p.dtype == q.dtype and p.ndim == q.ndim:
             if p.shape == q.shape and p.stride() == q.stride():
@@ -375,8 +386,8 @@ def _canonical(path: str, p: Tensor, owners: list[tuple[str, Tensor]]) -> tuple[
             if len(perm) == p.ndim:
                 return name, tuple(perm)
         raise InputError(
-            f"Parameters {name} {tuple(q.shape)} and {path} {tuple(p.shape)} overlap in memory but are not the same tensor nor a transpose of it: "
-            "make one of them a function of the other in the forward, or clone it."
+            f"Parameters {name} {tuple(q.shape)} and {path} {tuple(p.shape)} overlap in memory but are neither the same tensor nor a "
+            "transpose of it: make one of them a function of the other in the forward, or clone it."
         )
     return path, None
 
@@ -392,14 +403,12 @@ def _arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, 
     return (tuple(args) if isinstance(args, tuple | list) else (args,)), dict(kwargs or {})
 
 
-def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
-    if now.keys() == before.keys():
-        for k, v in before.items():
-            if now[k] is not v:
-                now[k] = v
-    else:
-        now.clear()
-        now.update(before)
+def _restore(now: MutableMapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Make ``now`` hold what ``before`` holds, order included; nearly free when nothing changed."""
+    if len(now) == len(before) and all(map(operator.is_, now.values(), before.values())) and all(map(operator.eq, now, before)):
+        return
+    now.clear()
+    now.update(before)
 
 
 def _is_cache(x: Any) -> bool:
@@ -428,6 +437,8 @@ def _misfit(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     where = _where(model, e)
     if isinstance(e, TypeError) and ("argument" in low or "positional" in low):
         cure = "Give the arguments the forward asks for; keyword arguments go in kwargs."
+    elif "grouped_mm" in low or "expected mat_a" in low:
+        cure = "The fused expert kernel takes no float64: choose the eager experts (model.set_experts_implementation('eager'))."
     elif "dtype" in low or "scalar type" in low:
         cure = "Give inputs of the weights' dtype, or use Functional.to(dtype), which casts both."
     elif "device" in low:

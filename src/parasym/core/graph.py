@@ -445,6 +445,16 @@ def _batch_core(g: torch.fx.Graph, n: Node, weight: Any, bias: Any, mean: Any, v
     return _affine(g, n, core, weight, bias, 1)
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    """g v / |v|, the norm taken over every axis but ``dim`` (-1: over all)."""
+    axes = [i for i in range(v.dim()) if i != dim % v.dim()] if dim != -1 else list(range(v.dim()))
+    return v * (g / v.square().sum(axes, keepdim=True).sqrt())
+
+
+def _split_weight_norm(g: torch.fx.Graph, n: Node) -> Node | None:
+    return _call(g, n, weight_norm, n.args[0], n.args[1], int(_arg(n, 2, "dim", 0)))
+
+
 def _split_instance_norm(g: torch.fx.Graph, n: Node) -> Node | None:
     weight, bias = _arg(n, 1, "weight"), _arg(n, 2, "bias")
     if not bool(_arg(n, 5, "use_input_stats", True)):
@@ -484,5 +494,6 @@ _SPLIT: dict[Any, Callable[[torch.fx.Graph, Node], Node | None]] = {
     aten.convolution.default: _split_conv,
     aten.layer_norm.default: _split_layer_norm, aten.rms_norm.default: _split_rms_norm, aten.group_norm.default: _split_group_norm,
     aten.batch_norm.default: _split_batch_norm, aten.instance_norm.default: _split_instance_norm,
+    aten._weight_norm.default: _split_weight_norm,
     operator.getitem: _split_getitem,
 }

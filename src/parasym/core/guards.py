@@ -6,12 +6,13 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -113,6 +114,35 @@ def math_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+class _RunNow:
+    """Stands in for torch's reentrant checkpoint function."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+@contextlib.contextmanager
+def no_checkpointing() -> Iterator[None]:
+    """Make ``torch.utils.checkpoint`` keep activations instead of recomputing them in the backward pass.
+
+    A recomputation reads the weights the module holds at that later moment, not those the function was called with: without an error,
+    the gradient at any other point than the module's own is wrong. Values are unchanged; memory is that of the model without
+    checkpointing.
+    """
+    module: Any = torch.utils.checkpoint
+    names = ("_checkpoint_without_reentrant_generator", "CheckpointFunction")
+    before = {n: getattr(module, n) for n in names if hasattr(module, n)}
+    stand_ins = dict(zip(names, (lambda *args, **kwargs: iter((None,)), _RunNow), strict=True))
+    for n in before:
+        setattr(module, n, stand_ins[n])
+    try:
+        yield
+    finally:
+        for n, value in before.items():
+            setattr(module, n, value)
+
+
 _WIDER = {
     torch.float32: torch.float64,
     torch.float16: torch.float64,
@@ -121,12 +151,10 @@ _WIDER = {
     torch.complex32: torch.complex128,
 }
 _WIDER_NAMES = {
-    f"torch.{device}{kind}Tensor": f"torch.{device}DoubleTensor"
-    for device in ("", "cuda.")
-    for kind in ("Float", "Half", "BFloat16")
+    f"torch.{device}{kind}Tensor": f"torch.{device}DoubleTensor" for device in ("", "cuda.") for kind in ("Float", "Half", "BFloat16")
 }
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
-_COMPLEX_CASTS = {Tensor.cfloat, Tensor.chalf}
+_COMPLEX_CASTS = {getattr(Tensor, name) for name in ("cfloat", "chalf")}
 _REINTERPRET = {Tensor.view, torch.frombuffer, torch.from_file, torch.ops.aten.view.dtype}  # these read bits, they do not cast
 _BY_EXAMPLE = {Tensor.to, Tensor.type_as}
 
@@ -142,11 +170,11 @@ class _Float64Casts(TorchFunctionMode):
             return args[0].to(torch.float64, *args[1:], **kwargs)
         if func in _COMPLEX_CASTS:
             return args[0].to(torch.complex128, *args[1:], **kwargs)
-        if func in _BY_EXAMPLE and (len(args) > 1 or "other" in kwargs):
-            other = args[1] if len(args) > 1 else kwargs["other"]
+        if func in _BY_EXAMPLE:
+            other = args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("tensor"))
             if isinstance(other, Tensor) and other.dtype in _WIDER:
-                extra = {k: v for k, v in kwargs.items() if k != "other"}
-                return args[0].to(other.device, _WIDER[other.dtype], *args[2:], **extra)
+                rest = {k: v for k, v in kwargs.items() if k not in ("other", "tensor")}
+                return args[0].to(other.device, _WIDER[other.dtype], *args[2:], **rest)
         args = tuple(_wider(a) for a in args)
         kwargs = {k: _wider(v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
@@ -220,7 +248,10 @@ def check_deterministic(fn: Callable[[], Any], *, model: nn.Module | None = None
     if suspects:
         blame += f" Random in their present mode: {'; '.join(suspects[:6])}{' ...' if len(suspects) > 6 else ''}."
     if not blame:
-        blame = " No module is known to draw random numbers here: look for torch.rand/randn/bernoulli in the forward, state kept from call to call, or a shuffled batch."
+        blame = (
+            " No module is known to draw random numbers here: look for torch.rand/randn/bernoulli in the forward, "
+            "state kept from call to call, or a shuffled batch."
+        )
     amount = "in structure or shape" if math.isinf(gap) else f"by {gap:.2e} of the largest entry (limit {limit:.1e})"
     raise NonDeterministicError(
         f"Two evaluations of {what or 'the same function on the same input'} differ {amount}{where}.{blame} "
@@ -273,7 +304,8 @@ def _model_of(fn: Any, depth: int = 3) -> nn.Module | None:
             inner.append(cell.cell_contents)
     code = getattr(fn, "__code__", None)
     if code is not None:
-        inner += [fn.__globals__[n] for n in code.co_names if isinstance(fn.__globals__.get(n), nn.Module) or hasattr(fn.__globals__.get(n), "model")]
+        used = (fn.__globals__.get(n) for n in code.co_names)
+        inner += [x for x in used if isinstance(x, nn.Module) or isinstance(getattr(x, "model", None), nn.Module)]
     for x in inner:
         if x is not None and x is not fn and (found := _model_of(x, depth - 1)) is not None:
             return found
@@ -315,7 +347,7 @@ def _culprits(fn: Callable[[], Any], model: nn.Module) -> list[str]:
             if isinstance(t, Tensor) and t.numel() and not t.is_meta:
                 t = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
                 flat = t.reshape(-1).double()
-                found += [flat.sum().item(), (flat * torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=flat.device)).sum().item()]
+                found += [flat.sum().item(), (flat @ torch.linspace(1, 2, flat.numel(), dtype=flat.dtype, device=flat.device)).item()]
         return tuple(found)
 
     def record(m: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
@@ -372,9 +404,3 @@ def blas_threads(n: int = 1) -> Iterator[None]:
 
 
 _warned = False
-
-
-def guarded(fn: Callable[..., Any], *args: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
-    """Call ``fn`` with math attention kernels and the random state restored afterwards."""
-    with rng_state(), math_attention():
-        return fn(*args, **(kwargs or {}))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 from parasym.core.checkpoint import apply_weights, check_safetensors_header, load_exported, load_weights
 from parasym.core.errors import CheckpointError, InputError, MissingExtraError
 
-__all__ = ["Loaded", "check_safetensors_header", "load_target"]
+__all__ = ["Loaded", "check_safetensors_header", "load_target", "require_inputs"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-FORMS = "file.py:callable, package.module:callable, a Hugging Face folder, hf:GPT2Config?n_layer=2, a .pt2 program, or a weights file with --model"
+FORMS = (
+    "file.py:callable, package.module:callable, a Hugging Face folder, hf:GPT2Config?n_layer=2, a .pt2 program, "
+    "or a weights file with --model"
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,9 @@ def load_target(target: str, weights: Path | None = None, model: str | None = No
     path = Path(target)
     if path.suffix in WEIGHT_SUFFIXES and ":" not in target:
         if model is None:
-            raise InputError(f"{target} is a weights file and says nothing about the network. Add --model TARGET, the network that it belongs to.")
+            raise InputError(
+                f"{target} is a weights file and says nothing about the network. Add --model TARGET, the network that it belongs to."
+            )
         if weights is not None:
             raise InputError(f"Both {target} and {weights} are weights. Give one of them.")
         target, weights, path = model, path, Path(model)
@@ -86,7 +92,9 @@ def load_target(target: str, weights: Path | None = None, model: str | None = No
     elif ":" in target:
         loaded = _from_callable(target)
     elif path.is_file():
-        raise InputError(f"{target} is a file, but which model in it? Write {target}:callable, where callable returns the model and its inputs.")
+        raise InputError(
+            f"{target} is a file, but which model in it? Write {target}:callable, where callable returns the model and its inputs."
+        )
     else:
         raise InputError(f"No such target: {target}. A target is {FORMS}.")
 
@@ -101,16 +109,19 @@ def _from_callable(target: str) -> Loaded:
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            close = difflib.get_close_matches(part, [key for key in dir(found) if not key.startswith("_")], 3)
-            raise InputError(f"{place} has no {name!r}.{' Did you mean ' + ' or '.join(close) + '?' if close else ' Name a callable that it defines.'}")
+            raise InputError(f"{place} has no {name!r}.{_guess(part, dir(found))} Name a callable that it defines.")
         found = getattr(found, part)
     if not isinstance(found, nn.Module):
         if not callable(found):
-            raise InputError(f"{target} is a {type(found).__name__}. It must be a callable that returns a model, or (model, args), or (model, args, kwargs).")
+            raise InputError(
+                f"{target} is a {type(found).__name__}; it must be a callable that returns a model, (model, args) or (model, args, kwargs)."
+            )
         try:
             found = found()
         except Exception as error:
-            raise InputError(f"Calling {target}() failed: {type(error).__name__}: {error}. It is called without arguments and must build the model.") from error
+            raise InputError(
+                f"Calling {target}() failed: {type(error).__name__}: {error}. It is called without arguments and must build the model."
+            ) from error
     parts = found if isinstance(found, tuple) else (found,)
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
         kinds = ", ".join(type(part).__name__ for part in parts)
@@ -121,7 +132,10 @@ def _from_callable(target: str) -> Loaded:
     if isinstance(args, Mapping) and len(parts) == 2:
         args, kwargs = (), args
     if not isinstance(args, tuple) or not isinstance(kwargs, Mapping):
-        raise InputError(f"{target}() returned args of type {type(args).__name__} and kwargs of type {type(kwargs).__name__}; they must be a tuple and a dict.")
+        raise InputError(
+            f"{target}() returned args of type {type(args).__name__} and kwargs of type {type(kwargs).__name__}. "
+            "They must be a tuple and a dict."
+        )
     return Loaded(parts[0], args, dict(kwargs), type(parts[0]).__name__)
 
 
@@ -135,7 +149,8 @@ def _import(place: str) -> ModuleType:
         if not path.is_file():
             raise InputError(f"No file at {place}. Check the path in front of the colon.")
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules.setdefault(path.stem, module)
         sys.path.insert(0, str(path.parent))
@@ -153,16 +168,22 @@ def _import(place: str) -> ModuleType:
 def _from_exported(path: Path) -> Loaded:
     program = load_exported(path)
     if program.example_inputs is None:
-        raise InputError(f"{path} was saved without example inputs. Export it again with torch.export.export(model, args) and torch.export.save.")
+        raise InputError(
+            f"{path} was saved without example inputs. Export it again with torch.export.export(model, args) and torch.export.save."
+        )
     args, kwargs = program.example_inputs
-    return Loaded(program.module(), tuple(args), dict(kwargs), path.stem, ("an exported program is audited in the mode it was exported in",))
+    return Loaded(
+        program.module(), tuple(args), dict(kwargs), path.stem, ("an exported program is audited in the mode it was exported in",)
+    )
 
 
 def _transformers() -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError:
-        raise MissingExtraError("This target needs Hugging Face Transformers. Install it with: pip install 'parasym[transformers]'") from None
+        raise MissingExtraError(
+            "This target needs Hugging Face Transformers. Install it with: pip install 'parasym[transformers]'"
+        ) from None
 
 
 def _from_folder(path: Path) -> Loaded:
@@ -171,27 +192,43 @@ def _from_folder(path: Path) -> Loaded:
         raise InputError(f"{path} has no config.json, so it is no Hugging Face model folder. A target is {FORMS}.")
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{path} has no .safetensors file. parasym does not unpickle model.bin; convert it with model.save_pretrained(folder).")
+        raise CheckpointError(
+            f"{path} has no .safetensors file. parasym does not unpickle model.bin; convert it with model.save_pretrained(folder)."
+        )
     for file in files:
         check_safetensors_header(file)
     transformers = _transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"{config_file} is not a model configuration that Transformers {transformers.__version__} knows: {error}") from error
+        raise InputError(
+            f"{config_file} is not a model configuration that Transformers {transformers.__version__} knows: {error}"
+        ) from error
     config.use_cache = False
     named = [getattr(transformers, name) for name in (config.architectures or []) if hasattr(transformers, name)]
     build = named[0] if named else transformers.AutoModel
     try:
         model, info = build.from_pretrained(
-            path, config=config, local_files_only=True, use_safetensors=True, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
+            path,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype="auto",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except Exception as error:
         raise CheckpointError(f"Transformers could not load {path}: {type(error).__name__}: {error}") from error
     misfits = [f"{name}: file {tuple(theirs)}, model {tuple(ours)}" for name, theirs, ours in info["mismatched_keys"]]
-    problems = [f"{len(found)} {what}: {', '.join(found[:8])}" for what, found in (("missing", sorted(info["missing_keys"])), ("of another shape", misfits)) if found]
+    problems = [
+        f"{len(found)} {what}: {', '.join(found[:8])}"
+        for what, found in (("missing", sorted(info["missing_keys"])), ("of another shape", misfits))
+        if found
+    ]
     if problems:
-        raise CheckpointError(f"The weights in {path} do not fit {type(model).__name__}: {'; '.join(problems)}. Check config.json against the weights.")
+        raise CheckpointError(
+            f"The weights in {path} do not fit {type(model).__name__}: {'; '.join(problems)}. Check config.json against the weights."
+        )
     unused = sorted(info["unexpected_keys"])
     notes = (f"{len(unused)} tensors in the folder are not used by {type(model).__name__}: {', '.join(unused[:4])}",) if unused else ()
     return Loaded(model.eval(), (), example_inputs(model), type(model).__name__, notes)
@@ -203,8 +240,7 @@ def _from_class(spec: str) -> Loaded:
     transformers = _transformers()
     cls = getattr(transformers, name, None)
     if cls is None:
-        close = difflib.get_close_matches(name, dir(transformers), 3)
-        raise InputError(f"Transformers {transformers.__version__} has no {name!r}.{' Did you mean ' + ' or '.join(close) + '?' if close else ''}")
+        raise InputError(f"Transformers {transformers.__version__} has no {name!r}.{_guess(name, dir(transformers))}")
     is_config = isinstance(cls, type) and issubclass(cls, transformers.PretrainedConfig)
     config_class = cls if is_config else getattr(cls, "config_class", None)
     if config_class is None:
@@ -214,8 +250,7 @@ def _from_class(spec: str) -> Loaded:
     known = set(default.to_dict()) | set(getattr(default, "attribute_map", {}))
     for key in options:
         if key not in known:
-            close = difflib.get_close_matches(key, sorted(known), 3)
-            raise InputError(f"{config_class.__name__} has no option {key!r}.{' Did you mean ' + ' or '.join(close) + '?' if close else ''}")
+            raise InputError(f"{config_class.__name__} has no option {key!r}.{_guess(key, known)}")
     try:
         config = config_class(**options)
         config.use_cache = False
@@ -224,14 +259,27 @@ def _from_class(spec: str) -> Loaded:
             model = _auto_class(transformers, config).from_config(config) if is_config else cls(config)
     except Exception as error:
         raise InputError(f"Building hf:{spec} failed: {type(error).__name__}: {error}") from error
-    return Loaded(model.eval(), (), example_inputs(model), type(model).__name__, ("the weights are random (seed 0); give --weights to audit trained ones",))
+    return Loaded(
+        model.eval(),
+        (),
+        example_inputs(model),
+        type(model).__name__,
+        ("the weights are random (seed 0); give --weights to audit trained ones",),
+    )
 
 
 def _auto_class(transformers: Any, config: Any) -> Any:
     """Return the language-model head for decoders, else the bare model."""
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     masked = type(config) in transformers.AutoModelForMaskedLM._model_mapping
-    return transformers.AutoModelForCausalLM if causal and not masked else transformers.AutoModel
+    alone = not (masked or getattr(config, "is_encoder_decoder", False))
+    return transformers.AutoModelForCausalLM if causal and alone else transformers.AutoModel
+
+
+def _guess(word: str, known: Iterable[str]) -> str:
+    """Suggest what the user may have meant, as a sentence to append."""
+    close = difflib.get_close_matches(word, sorted(known), 3)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def _value(text: str) -> Any:
@@ -250,7 +298,8 @@ def example_inputs(model: Any, batch: int = 4, length: int = 16) -> dict[str, Te
         length: tokens in a sequence, at most what the model has positions for.
 
     Returns:
-        ``input_ids`` (batch, length), ``pixel_values`` (batch, channels, height, width) or what else the model reads.
+        ``input_ids`` (batch, length), ``pixel_values`` (batch, channels, height, width), ``input_values`` (batch, 4000 samples of sound),
+        ``input_features`` (batch, mel bins, frames), with ``decoder_input_ids`` (batch, length) where the model has a decoder.
 
     Raises:
         InputError: the model reads something this function cannot make.
@@ -270,6 +319,13 @@ def example_inputs(model: Any, batch: int = 4, length: int = 16) -> dict[str, Te
         side = getattr(vision, "image_size", None) or 224
         height, width = side if isinstance(side, (list, tuple)) else (side, side)
         inputs["pixel_values"] = torch.randn(batch, getattr(vision, "num_channels", 3), height, width, generator=generator)
+    if main == "input_values":
+        inputs[main] = torch.randn(batch, 4000, generator=generator)
+    if main == "input_features" and hasattr(config, "num_mel_bins"):
+        frames = 2 * getattr(config, "max_source_positions", 64)
+        inputs[main] = torch.randn(batch, config.num_mel_bins, frames, generator=generator)
+        if getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = _tokens(config, batch, length, generator)
     if not inputs:
         raise InputError(
             f"{type(model).__name__} reads {main!r}, which cannot be drawn from its configuration. "
@@ -285,3 +341,18 @@ def _tokens(config: Any, batch: int, length: int, generator: torch.Generator) ->
         return torch.randint(size, (batch, length), generator=generator)
     tokens = torch.randint(size - 1, (batch, length), generator=generator)
     return tokens + (tokens >= pad)
+
+
+def require_inputs(loaded: Loaded) -> None:
+    """Check that the example inputs fit the model's ``forward``.
+
+    Raises:
+        InputError: an input that ``forward`` needs is not there, or one is there that it does not take.
+    """
+    try:
+        inspect.signature(loaded.model.forward).bind(*loaded.args, **loaded.kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"The example inputs do not fit {loaded.name}.forward: {error}. "
+            "Let the target return (model, args) or (model, args, kwargs) with inputs such as the network sees in use."
+        ) from None
