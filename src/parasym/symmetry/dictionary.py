@@ -31,6 +31,7 @@ class Place:
         index: (n, m) positions along the axis: unit i sits at index[i, :].
         outer: for each other index space that the m columns run over, its name -> (m,) index.
         size: length of the axis.
+        cross: for index spaces on the parameter's other axes, name -> (rest,) index, rest the other axes flattened.
     """
 
     parameter: str
@@ -39,6 +40,7 @@ class Place:
     index: Tensor
     outer: Mapping[str, Tensor]
     size: int
+    cross: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, int, tuple[int, ...]]:
@@ -51,12 +53,15 @@ class Term:
 
     Attributes:
         op: "mode" (p <- exp(w X) p on the axis), "dual" (p <- exp(-w X^T) p), "shift" (p += w c), "absorb" (bias -= w W c),
-            "ones" (p += 1 r^T), "normal" (W += r (1/g)^T, bias -= r sum(b/g)), "free" (p += r).
+            "ones" (p += 1 r^T), "normal" (W += r (1/g)^T, bias -= r sum(b/g)), "fold" (a reader without a bias absorbs a shift through that normal),
+            "free" (p += r).
         place: where the index space sits on the parameter.
         gain: a gain vector folded into X (mode, dual: g X g^-1; shift: g c), as its place.
         gain_power: +1 or -1.
         target: for absorb and normal, the place of the bias on the reader's output axis.
         offset: for normal, the shift that goes with the gain.
+        factor: constant (n,) multiplying the vector (the scale of frozen batch statistics).
+        rows: for shift, which entries of the other axes move (a class token's position, say); None: all.
         out_axis: for absorb and normal, the axis of the parameter that the bias shares.
     """
 
@@ -66,11 +71,13 @@ class Term:
     gain_power: int = 1
     target: Place | None = None
     offset: Place | None = None
+    factor: Tensor | None = None
+    rows: Tensor | None = None
     out_axis: int = 0
 
     @property
     def key(self) -> tuple[object, ...]:
-        return (self.op, self.place.key, self.gain.key if self.gain else None, self.gain_power, self.target.key if self.target else None, self.offset.key if self.offset else None)
+        return (self.op, self.place.key, self.gain.key if self.gain else None, self.gain_power, self.target.key if self.target else None, self.offset.key if self.offset else None, None if self.rows is None else tuple(self.rows[:1].tolist()))
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -99,13 +106,15 @@ class Copies:
         return n
 
     def columns(self, place: Place) -> Tensor | None:
-        """(m,) copy of each column, or None where the place does not distinguish them all (it then needs one copy only)."""
-        m = place.index.shape[1]
-        at = torch.zeros(m, dtype=torch.long)
+        """(rest or 1, m) copy of each entry, or None where the place does not tell the copies apart (all then act alike)."""
+        at = torch.zeros(1, place.index.shape[1], dtype=torch.long)
         for name, size in self.local:
-            if name not in place.outer:
+            if name in place.outer:
+                at = at * size + place.outer[name]
+            elif name in place.cross:
+                at = at * size + place.cross[name][:, None]
+            else:
                 return None
-            at = at * size + place.outer[name]
         return at
 
 
@@ -147,49 +156,79 @@ def tangent(term: Term, params: Params, X: Tensor, copy: Tensor | None = None) -
     place = term.place
     p = params[place.parameter].to(torch.float64)
     m = place.index.shape[1]
-    copy = torch.zeros(m, dtype=torch.long) if copy is None else copy
+    copy = torch.zeros(1, m, dtype=torch.long) if copy is None else copy
     if term.op in ("mode", "dual"):
-        M = X[copy]  # (m, n, n)
+        M = X[copy]  # (rest or 1, m, n, n)
         if term.gain is not None:
-            M = embed_gain(M, _spread(_vector(params, term.gain), m).T, term.gain_power)
+            M = embed_gain(M, _aligned(_vector(params, term.gain), place).T, term.gain_power)
         M = M if term.op == "mode" else -M.transpose(-1, -2)
-        moved = torch.einsum("mij,rjm->rim", M, _units(p, place))
-        return {place.parameter: _put(torch.zeros_like(p), place, moved, False)}
-    if term.op == "shift":
-        c = X[copy].T  # (n, m)
-        if term.gain is not None:
-            g = _spread(_vector(params, term.gain), m)
-            c = c * (g if term.gain_power > 0 else 1 / g)
-        rest = p.numel() // place.size
-        return {place.parameter: _put(torch.zeros_like(p), place, c.expand(rest, *c.shape), False)}
+        return {place.parameter: _put(torch.zeros_like(p), place, _apply(M, _units(p, place)), False)}
+    if term.op in ("shift", "recentre"):
+        c = _weighted(term, params, X[copy].transpose(-1, -2))
+        if term.op == "recentre":
+            c = -c
+        c = c.expand(p.numel() // place.size, *c.shape[1:])
+        c = c if term.rows is None else c * torch.zeros(c.shape[0], 1, 1, dtype=c.dtype).index_fill(0, term.rows, 1.0)
+        return {place.parameter: _put(torch.zeros_like(p), place, c, False)}
     if term.op == "absorb":
         assert term.target is not None
-        c = X[copy].T
-        if term.gain is not None:
-            g = _spread(_vector(params, term.gain), m)
-            c = c * (g if term.gain_power > 0 else 1 / g)
-        total = -torch.einsum("rnm,nm->r", _units(p, place), c).reshape(p.movedim(place.axis, -1).shape[:-1])
+        c = _weighted(term, params, X[copy].transpose(-1, -2))
+        total = -(_units(p, place) * c).sum((1, 2)).reshape(p.movedim(place.axis, -1).shape[:-1])
         return {term.target.parameter: _to_bias(total, term, p.dim(), params[term.target.parameter])}
+    if term.op == "fold":
+        return {place.parameter: _fold(term, params, X[copy[0]].T, params)}
     if term.op == "ones":
         value = X.reshape(-1, 1, m).expand(-1, place.index.shape[0], m)
         return {place.parameter: _put(torch.zeros_like(p), place, value, False)}
     if term.op == "free":
         return {place.parameter: _put(torch.zeros_like(p), place, X.reshape(-1, *place.index.shape), False)}
     if term.op == "normal":
-        n_hat = torch.ones(place.index.shape, dtype=p.dtype) if term.gain is None else _spread(1 / _vector(params, term.gain), m)
+        n_hat = torch.ones(place.index.shape, dtype=p.dtype) if term.gain is None else _aligned(1 / _vector(params, term.gain), place)
         rows = X.reshape(-1, 1, 1)
         out = {place.parameter: _put(torch.zeros_like(p), place, rows * n_hat, False)}
         if term.offset is not None and term.target is not None:
-            c = (n_hat * _spread(_vector(params, term.offset), m)).sum()
+            c = (n_hat * _aligned(_vector(params, term.offset), place)).sum()
             total = -(X.reshape(p.movedim(place.axis, -1).shape[:-1]) * c)
             out[term.target.parameter] = _to_bias(total, term, p.dim(), params[term.target.parameter])
         return out
     raise ValueError(f"unknown term {term.op}")
 
 
-def _spread(v: Tensor, m: int) -> Tensor:
-    """(n, 1 or m) -> (n, m)."""
-    return v if v.shape[1] == m else v[:, :1].expand(v.shape[0], m)
+def _apply(M: Tensor, units: Tensor) -> Tensor:
+    """(rest or 1, m, n, n) matrices on (rest, n, m) units."""
+    if M.shape[-1] == 1:
+        return units * M[..., 0, 0][:, None, :]
+    if M.shape[0] == 1:
+        return torch.einsum("mij,rjm->rim", M[0], units)
+    return torch.einsum("rmij,rjm->rim", M, units)
+
+
+def _weighted(term: Term, params: Params, c: Tensor) -> Tensor:
+    """Vectors (rest or 1, n, m), multiplied by the gain and the constant factor of a term."""
+    if term.gain is not None:
+        g = _aligned(_vector(params, term.gain), term.place)
+        c = c * (g if term.gain_power > 0 else 1 / g)
+    return c if term.factor is None else c * _aligned(term.factor.reshape(-1, 1), term.place)
+
+
+def _aligned(v: Tensor, place: Place) -> Tensor:
+    """Values by unit (units, 1 or m) in the layout (n, m) of a place, also where its units run as columns (n = 1)."""
+    n, m = place.index.shape
+    if n == 1 and v.shape[0] > 1:
+        v = v.expand(v.shape[0], m // v.shape[0]) if v.shape[1] == 1 else v
+        return v.reshape(1, m)
+    return v if v.shape[1] == m else v[:, :1].expand(n, m)
+
+
+def _fold(term: Term, params: Params, c: Tensor, at: Params) -> Tensor:
+    """-(W c) n^T / kappa, n the normal (1/gain) of the activations read and kappa = n . offset where they stand."""
+    assert term.offset is not None
+    p, place = params[term.place.parameter].to(torch.float64), term.place
+    n_hat = torch.ones(term.place.index.shape, dtype=p.dtype) if term.gain is None else _aligned(1 / _vector(params, term.gain), place)
+    kappa = (n_hat * _aligned(_vector(at, term.offset), place)).sum()
+    U = _units(p, term.place)
+    step = -torch.einsum("rnm,nm->r", U, c)[:, None, None] * n_hat / kappa
+    return _put(torch.zeros_like(p), term.place, step, False)
 
 
 def _to_bias(total: Tensor, term: Term, rank: int, bias: Tensor) -> Tensor:
@@ -210,22 +249,27 @@ def row_shape(term: Term, params: Params) -> int:
 
 def finite(term: Term, weight: float, params: Params, moved: dict[str, Tensor], X: Tensor, copy: Tensor | None) -> None:
     """Apply exp(weight * X) of one term to the parameters collected in ``moved``."""
-    place = term.place
+    place, m = term.place, term.place.index.shape[1]
+    copy = torch.zeros(1, m, dtype=torch.long) if copy is None else copy
     if term.op in ("mode", "dual"):
-        m = place.index.shape[1]
-        copy = torch.zeros(m, dtype=torch.long) if copy is None else copy
         W = weight * X if term.op == "mode" else -weight * X.transpose(-1, -2)
-        if X.shape[-1] == 1:
-            E = W.exp()[copy]
-            p = _current(moved, params, place.parameter)
-            moved[place.parameter] = _put(p, place, _units(p, place) * E[:, 0, 0], False)
-            return
-        E = torch.linalg.matrix_exp(W)[copy]
-        if term.gain is not None:  # exp(g X g^-1) = g exp(X) g^-1; for the dual the conjugation inverts under transposition
+        E = (W.exp() if X.shape[-1] == 1 else torch.linalg.matrix_exp(W))[copy]
+        if term.gain is not None and X.shape[-1] > 1:  # exp(g X g^-1) = g exp(X) g^-1; a dual conjugates the other way
             power = term.gain_power if term.op == "mode" else -term.gain_power
-            E = embed_gain(E, _spread(_vector(params, term.gain), m).T, power)
+            E = embed_gain(E, _aligned(_vector(params, term.gain), place).T, power)
         p = _current(moved, params, place.parameter)
-        moved[place.parameter] = _put(p, place, torch.einsum("mij,rjm->rim", E, _units(p, place)), False)
+        moved[place.parameter] = _put(p, place, _apply(E, _units(p, place)), False)
+        return
+    if term.op == "recentre":  # the frozen mean does not scale along: g s m (e^-t - 1) makes up for it
+        c = _weighted(term, params, torch.expm1(-weight * X[copy][..., 0]).transpose(-1, -2) if X.dim() == 3 else torch.expm1(-weight * X[copy]).transpose(-1, -2))
+        p = _current(moved, params, place.parameter)
+        moved[place.parameter] = _put(p, place, c.expand(p.numel() // place.size, *c.shape[1:]), True)
+        return
+    if term.op == "fold":  # exact at the shifted offset: W' x' = W x needs kappa after the move
+        c = (weight * X)[copy[0]].T
+        assert term.offset is not None
+        after = {**params, term.offset.parameter: _current(moved, params, term.offset.parameter)}
+        moved[place.parameter] = _current(moved, params, place.parameter) + _fold(term, params, c, after)
         return
     for name, step in tangent(term, params, weight * X, copy).items():
         moved[name] = _current(moved, params, name) + step
@@ -322,7 +366,7 @@ class DictionaryAction:
         """Closed form; parameters keep their dtype."""
         X = self._element(element)
         moved: dict[str, Tensor] = {}
-        for weight, term in self.entry.terms:
+        for weight, term in sorted(self.entry.terms, key=lambda wt: wt[1].op == "fold"):  # a fold needs the moved offset
             t, copy = self._at(term)
             finite(t, weight, params, moved, X, copy)
         return {n: v.to(params[n].dtype) for n, v in moved.items()}
@@ -350,7 +394,7 @@ class DictionaryAction:
     def charge(self, params: Params) -> Tensor | None:
         """theta . xi / 2 for each symmetric generator of a linear family; c . theta for a constant translation."""
         e, n = self.entry, self.entry.size
-        if e.algebra in ("so", "so1", "free", "row") or any(t.gain is not None or t.op in ("absorb", "normal") for _, t in e.terms):
+        if e.algebra in ("so", "so1", "free", "row") or any(t.gain is not None or t.op in ("absorb", "normal", "fold") for _, t in e.terms):
             return None
         if e.algebra == "shift":
             g = self.generators(params)
@@ -367,10 +411,47 @@ class DictionaryAction:
             t, copy = self._at(term)
             U = _units(params[t.place.parameter].to(torch.float64), t.place)
             sign = weight if t.op == "mode" else -weight
-            per = torch.einsum("rim,kij,rjm->mk", U, basis, U) * sign / 2
-            copy = torch.zeros(per.shape[0], dtype=torch.long) if copy is None else copy
-            total.index_add_(0, copy, per)
+            per = torch.einsum("rim,kij,rjm->rmk", U, basis, U) * sign / 2
+            at = torch.zeros(1, per.shape[1], dtype=torch.long) if copy is None else copy
+            total.index_add_(0, at.expand(per.shape[:2]).reshape(-1), per.reshape(-1, per.shape[2]))
         return total.reshape(-1)
+
+
+@dataclass
+class EntriesAction:
+    """Single numbers that nothing depends on, free to take any value.
+
+    Attributes:
+        entries: parameter -> flat indices.
+    """
+
+    entries: dict[str, Tensor]
+    dim: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dim = sum(len(i) for i in self.entries.values())
+
+    def act(self, params: Params, element: Tensor) -> dict[str, Tensor]:
+        """Add ``element`` to the entries."""
+        out, at = {}, 0
+        for name, index in self.entries.items():
+            p = params[name].clone().reshape(-1)
+            p[index] += element[at : at + len(index)].to(p.dtype)
+            out[name], at = p.reshape(params[name].shape), at + len(index)
+        return out
+
+    def generators(self, params: Params) -> dict[str, Tensor]:
+        """Unit vectors, (dim, *shape)."""
+        out, at = {}, 0
+        for name, index in self.entries.items():
+            g = torch.zeros(self.dim, params[name].numel(), dtype=torch.float64)
+            g[torch.arange(at, at + len(index)), index] = 1
+            out[name], at = g.reshape(self.dim, *params[name].shape), at + len(index)
+        return out
+
+    def charge(self, params: Params) -> Tensor:
+        """The entries themselves: their gradient is zero."""
+        return torch.cat([params[n].reshape(-1)[i].to(torch.float64) for n, i in self.entries.items()])
 
 
 def by_unit(place: Place, space: str) -> Place:

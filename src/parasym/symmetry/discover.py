@@ -17,9 +17,9 @@ from torch import Tensor
 
 from parasym.core.graph import Graph
 from parasym.symmetry.dictionary import (
-    Algebra, Copies, DictionaryAction, Entry, Place, Term, algebra_dim, algebra_element, by_unit, row_shape, tangent,
+    Algebra, Copies, DictionaryAction, EntriesAction, Entry, Place, Term, algebra_dim, algebra_element, by_unit, row_shape, tangent,
 )
-from parasym.symmetry.readers import readers
+from parasym.symmetry.readers import frozen_norms, readers
 from parasym.symmetry.symmetry import Params
 from parasym.symmetry.tangent import Flat, kernel, span
 
@@ -32,36 +32,55 @@ class Found:
     """An entry with what it explains here."""
 
     entry: Entry
-    action: DictionaryAction
+    action: DictionaryAction | EntriesAction
     new: int
 
 
 class Discovery:
     """Search of the dictionary over a model's null space."""
 
-    def __init__(self, graph: Graph, params: Params, null: Tensor, flat: Flat, places: Places, generator: torch.Generator) -> None:
+    def __init__(self, graph: Graph, params: Params, null: Tensor, flat: Flat, places: Places, constants: Mapping[str, object], generator: torch.Generator) -> None:
         self.graph, self.params, self.flat, self.generator = graph, params, flat, generator
         self.null = null
         self.explained = torch.zeros(null.shape[1], 0, dtype=torch.float64)
         self.places = {k: list(v) for k, v in places.items()}
         self.sizes = {k: v[0].index.shape[0] for k, v in self.places.items() if v}
-        self.readers = readers(graph)
+        self.readers, self.frozen = readers(graph), frozen_norms(graph)
+        self.constants = {k: v for k, v in constants.items() if isinstance(v, Tensor)}
         self.found: list[Found] = []
+        self.everywhere: dict[str, list[Place]] = {}
+        for found in self.places.values():
+            for p in found:
+                self.everywhere.setdefault(p.parameter, []).append(p)
 
     @property
     def complete(self) -> bool:
         return self.explained.shape[1] >= self.null.shape[1]
 
     def run(self) -> list[Found]:
-        """All families, the narrowest kinds first."""
-        for step in (self._free, self._rows, self._shifts, self._scales, self._linear):
+        """All families, the narrowest kinds first; within a kind those with the most independent copies first."""
+        self._entries()
+        for step in (self._free, self._rows):
             for space, places in self.places.items():
+                step(space, places)
+        for step in (self._shifts, self._scales, self._linear):
+            jobs = [(local, space) for space, places in self.places.items() for local in self._locals(space, places, step)]
+            for local, space in sorted(jobs, key=lambda j: -len(j[0].local)):
                 if self.complete:
                     return self.found
-                step(space, places)
+                step(space, self.places[space], local)
+        self._uniform()
         return self.found
 
     # -- kinds of families ---------------------------------------------------------------------------------------------------
+
+    def _entries(self) -> None:
+        """Numbers that lie in the null space by themselves."""
+        dead = (self.null.norm(dim=1) > 1 - 1e-9).nonzero().squeeze(1)
+        for name, s in self.flat.slices.items():
+            index = dead[(dead >= s.start) & (dead < s.stop)] - s.start
+            if len(index):
+                self._keep(Entry("free", "", 1, Copies(), ()), 0, EntriesAction({name: index}))
 
     def _free(self, space: str, places: Sequence[Place]) -> None:
         """Parameters (or parts of one) that nothing reads."""
@@ -86,35 +105,36 @@ class Discovery:
         entry = Entry(algebra, space, term.place.index.shape[0], Copies(), ((1.0, term),))
         self._keep(entry, rows)
 
-    def _shifts(self, space: str, places: Sequence[Place]) -> None:
-        terms: list[Term] = []
-        for place in places:
-            terms.append(Term("shift", place))
-        for term in self._absorbs(space, places):
-            terms.append(term)
-            gains = {t.key: t for t in self._gained(term, places)}
-            terms.extend(gains.values())
-        for local in self._locals(space, places):
-            self._solve("shift", space, places, terms, local)
+    def _shifts(self, space: str, places: Sequence[Place], local: Copies) -> None:
+        absorbs = self._absorbs(space, places)
+        gained = list({t.key: t for term in absorbs for t in self._gained(term, places)}.values())
+        self._solve("shift", space, [*self._folds(places), *gained, *absorbs, *(Term("shift", p) for p in places), *self._partial(places), *self._recentres(places, "shift")], local)
 
-    def _scales(self, space: str, places: Sequence[Place]) -> None:
-        terms = [Term("mode", p) for p in places]
-        for local in self._locals(space, places, with_space=True):
-            self._solve("scale", space, places, terms, local)
+    def _scales(self, space: str, places: Sequence[Place], local: Copies) -> None:
+        self._solve("scale", space, [*(Term("mode", p) for p in places), *(self._recentres(places, "recentre") if local.local else ())], local)
 
-    def _linear(self, space: str, places: Sequence[Place]) -> None:
+    def _linear(self, space: str, places: Sequence[Place], local: Copies) -> None:
         n = self.sizes[space]
         if n < 2:
             return
         terms = [Term(op, p) for p in places for op in ("mode", "dual")]
-        gained = [t for term in terms for t in self._gained(term, places)]
-        for local in self._locals(space, places):
-            self._solve("gl", space, places, terms, local)
+        self._solve("gl", space, terms, local)
+        gained = [t for p in places for t in self._gained(Term("mode", p), places)]
         for algebra in ("so", "so1"):
-            only = [t for t in (*terms, *gained) if t.op == "mode"] + [t for t in gained if t.op == "dual"]
-            for local in self._locals(space, places):
-                if algebra_dim(algebra, n):  # type: ignore[arg-type]
-                    self._solve(algebra, space, places, only, local)  # type: ignore[arg-type]
+            if algebra_dim(algebra, n):  # type: ignore[arg-type]
+                self._solve(algebra, space, [t for t in terms if t.op == "mode"] + gained, local)  # type: ignore[arg-type]
+
+    def _uniform(self) -> None:
+        """Whole tensors scaled or shifted by one number, across index spaces."""
+        whole = {n: Place(n, 0, (), torch.arange(p.shape[0])[None, :], {}, p.shape[0]) for n, p in self.params.items() if p.dim() and p.numel()}
+        self._solve("scale", "", [Term("mode", p) for p in whole.values()], Copies())
+        absorbs = []
+        for r in self.readers:
+            if r.bias is not None:
+                size = self.params[r.weight].shape[r.in_axis]
+                place = Place(r.weight, r.in_axis, (), torch.arange(size)[None, :], {}, size)
+                absorbs.append(Term("absorb", place, target=_whole(self.params, r.bias), out_axis=r.out_axis))
+        self._solve("shift", "", [*absorbs, *(Term("shift", p) for p in whole.values())], Copies())
 
     # -- candidate terms -----------------------------------------------------------------------------------------------------
 
@@ -126,6 +146,11 @@ class Discovery:
                 gain = next((p for p in places if p.parameter == r.gain), None)
                 if gain is not None and gain.index.shape[1] in (1, term.place.index.shape[1]):
                     out += [replace(term, gain=gain, gain_power=s) for s in (1, -1)]
+        if term.op == "mode":  # the shift of a norm turns with the activation that it is added to
+            for gain_name in {r.gain for r in self.readers if r.gain and r.offset == term.place.parameter}:
+                gain = next((p for p in places if p.parameter == gain_name), None)
+                if gain is not None:
+                    out += [replace(term, gain=gain, gain_power=s) for s in (1, -1)]
         return out
 
     def _absorbs(self, space: str, places: Sequence[Place]) -> list[Term]:
@@ -136,6 +161,43 @@ class Discovery:
             for place in places:
                 if (place.parameter, place.axis) == (r.weight, r.in_axis):
                     out.append(Term("absorb", place, target=_whole(self.params, r.bias), out_axis=r.out_axis))
+        return out
+
+    def _partial(self, places: Sequence[Place]) -> list[Term]:
+        """Shifts of only some rows, where another axis is a concatenation (class token, then patches)."""
+        out = []
+        for p in places:
+            for other in {q.axis for q in self.everywhere.get(p.parameter, ()) if q.axis != p.axis}:
+                blocks = {q.branch: q for q in self.everywhere[p.parameter] if q.axis == other and q.branch != (-1,)}
+                if len(blocks) < 2:
+                    continue
+                shape = self.params[p.parameter].shape
+                rest = [a for a in range(len(shape)) if a != p.axis]
+                grid = torch.arange(torch.Size([shape[a] for a in rest]).numel()).reshape([shape[a] for a in rest]).movedim(rest.index(other), 0)
+                out += [Term("shift", p, rows=grid[q.index.reshape(-1)].reshape(-1).sort().values) for q in blocks.values()]
+        return out
+
+    def _recentres(self, places: Sequence[Place], op: str) -> list[Term]:
+        """What the offset of a norm with frozen statistics must do when its input is scaled ("recentre") or shifted."""
+        out = []
+        for f in self.frozen:
+            gain, offset = (next((p for p in places if p.parameter == n), None) for n in (f.gain, f.offset))
+            mean, scale = self.constants.get(f.mean), self.constants.get(f.scale)
+            if gain is not None and offset is not None and mean is not None and scale is not None:
+                factor = (scale * mean if op == "recentre" else scale).reshape(-1)
+                if factor.numel() == offset.index.shape[0]:
+                    out.append(Term(op, offset, gain=gain, factor=factor))
+        return out
+
+    def _folds(self, places: Sequence[Place]) -> list[Term]:
+        """A reader without a bias absorbs a shift through the normal of the norm before it."""
+        out = []
+        for r in self.readers:
+            for place in places:
+                gain = next((p for p in places if p.parameter == r.gain), None)
+                offset = next((p for p in places if p.parameter == r.offset), None)
+                if (place.parameter, place.axis) == (r.weight, r.in_axis) and offset is not None and (gain is not None or r.gain is None):
+                    out.append(Term("fold", place, gain=gain, offset=offset, out_axis=r.out_axis))
         return out
 
     def _normals(self, space: str, places: Sequence[Place]) -> list[Term]:
@@ -152,48 +214,55 @@ class Discovery:
                 out.append(Term("normal", place, gain=gain, offset=offset, target=bias, out_axis=r.out_axis))
         return out
 
-    def _locals(self, space: str, places: Sequence[Place], with_space: bool = False) -> list[Copies]:
+    def _locals(self, space: str, places: Sequence[Place], step: Callable[..., None]) -> list[Copies]:
         """Sets of index spaces over which an element may vary, largest first."""
         outer = {k: int(v.max()) + 1 for p in places for k, v in p.outer.items()}
-        if with_space:
+        if step == self._scales:
             outer[space] = self.sizes[space]
-        names = list(outer)[:5]
+        names = list(outer)[:4]
+        seen: dict[str, set[str]] = {}
+        for p in places:
+            for k in p.cross:
+                seen.setdefault(k, set()).add(p.parameter)
+                outer.setdefault(k, int(p.cross[k].max()) + 1)
+        shared = sorted((k for k in seen if len(seen[k]) > 1 and k not in names), key=lambda k: -len(seen[k]))
+        names += shared[: max(0, 3 - len(names))] if step == self._scales else []
         sets = [c for r in range(len(names), -1, -1) for c in itertools.combinations(names, r)]
         return [Copies(tuple((n, outer[n]) for n in c)) for c in sets]
 
     # -- the solve -----------------------------------------------------------------------------------------------------------
 
-    def _solve(self, algebra: Algebra, space: str, places: Sequence[Place], terms: Sequence[Term], local: Copies) -> None:
-        n = 1 if algebra == "scale" else self.sizes[space]
+    def _solve(self, algebra: Algebra, space: str, terms: Sequence[Term], local: Copies) -> None:
+        size = self.sizes.get(space, 1)
+        n = 1 if algebra == "scale" else size
         dim = algebra_dim(algebra, n)
         coords = torch.zeros(local.count, dim, dtype=torch.float64)
         coords[0] = torch.randn(dim, generator=self.generator, dtype=torch.float64) if dim > 1 else 1.0
         X = algebra_element(algebra, n, coords)
         kept, columns = [], []
         for term in terms:
-            t = replace(term, place=by_unit(term.place, space)) if algebra == "scale" else term
-            v = self._pack(tangent(t, self.params, X, local.columns(t.place)))
+            t = replace(term, place=by_unit(term.place, space)) if algebra == "scale" and space else term
+            v = self._pack(tangent(t, self.params, X[..., 0] if t.op == "recentre" else X, local.columns(t.place)))
             if float(v.norm()) > 1e-12:
                 kept.append(term)
                 columns.append(v)
-        if not columns:
+        if not columns or (local.local and not any(self._distinguishes(t, space, algebra, local) for t in kept)):
             return
         T = torch.stack(columns, 1)
-        if local.local and not any(self._distinguishes(t, space, algebra, local) for t in kept):
-            return
         norms = T.norm(dim=0)
         A = T / norms
-        K = kernel(A - self.null @ (self.null.T @ A), _TOL)
+        inside = self.null.T @ A
+        K = kernel(A - self.null @ inside, _TOL)
         if K.shape[1] == 0:
             return
-        K = _independent(K, A)
-        for weights in _sparse(K / norms[:, None]):
+        K = K / norms[:, None]
+        movement = self.null.T @ T @ K
+        fresh = movement - self.explained @ (self.explained.T @ movement)
+        known = K @ kernel(fresh / movement.norm(dim=0).clamp(min=1e-300).max(), 1e-7)
+        for weights in _representatives(K, known):
             pairs = tuple((w, t) for w, t in zip(weights, kept, strict=True) if w)
-            if not pairs:
-                continue
-            entry = Entry(algebra, space, self.sizes[space], local, pairs)
-            if self._outside(T @ torch.tensor(weights, dtype=torch.float64)[:, None]) < _TOL:
-                self._keep(entry, 0)
+            if pairs and not (algebra == "gl" and _antisymmetric(pairs)) and self._outside(T @ torch.tensor(weights, dtype=torch.float64)[:, None]) < _TOL:
+                self._keep(Entry(algebra, space, size, local, pairs), 0)
 
     def _distinguishes(self, term: Term, space: str, algebra: Algebra, local: Copies) -> bool:
         place = by_unit(term.place, space) if algebra == "scale" else term.place
@@ -210,8 +279,8 @@ class Discovery:
         size = float(v.norm())
         return float((v - self.null @ (self.null.T @ v)).norm()) / size if size > 0 else 1.0
 
-    def _keep(self, entry: Entry, rows: int) -> None:
-        action = DictionaryAction(entry, rows)
+    def _keep(self, entry: Entry, rows: int, action: DictionaryAction | EntriesAction | None = None) -> None:
+        action = action or DictionaryAction(entry, rows)
         tangents = action.generators(self.params)
         V = torch.zeros(action.dim, self.flat.size, dtype=torch.float64)
         for name, t in tangents.items():
@@ -231,38 +300,56 @@ class Discovery:
         self.found.append(Found(entry, action, self.explained.shape[1] - before))
 
 
+def _antisymmetric(pairs: Sequence[tuple[float, Term]]) -> bool:
+    """X and -X^T on one place: that is the rotation X - X^T, found as such."""
+    modes = {(t.place.key, t.gain and t.gain.key) for _, t in pairs if t.op == "mode"}
+    return any((t.place.key, t.gain and t.gain.key) in modes for _, t in pairs if t.op == "dual")
+
+
 def _whole(params: Params, name: str) -> Place:
     p = params[name]
     axis = max(range(p.dim()), key=lambda a: p.shape[a])
     return Place(name, axis, (), torch.arange(p.shape[axis])[:, None], {}, p.shape[axis])
 
 
-def _independent(K: Tensor, A: Tensor) -> Tensor:
-    """Drop combinations that vanish as tangents (two terms that are the same movement)."""
-    V = A @ K
-    u, s, Vh = torch.linalg.svd(V, full_matrices=False)
-    return K @ Vh[s > 1e-8].T
-
-
-def _sparse(K: Tensor) -> list[list[float]]:
-    """A sparse basis of the columns of K with whole-number weights where there is one (reduced echelon form, rounded)."""
-    M = K.T.clone()
-    M = M / M.abs().max(dim=1, keepdim=True).values.clamp(min=1e-300)
-    rows, r = M.shape[0], 0
+def _echelon(rows: Tensor) -> tuple[Tensor, list[int]]:
+    """Reduced row echelon form with its pivot columns."""
+    M, pivots, r = rows.clone(), [], 0
+    scale = float(M.abs().max()) if M.numel() else 0.0
     for c in range(M.shape[1]):
-        if r == rows:
+        if r == len(M):
             break
-        pivot = int(M[r:, c].abs().argmax()) + r
-        if float(M[pivot, c].abs()) < 1e-7:
+        at = int(M[r:, c].abs().argmax()) + r
+        if float(M[at, c].abs()) < 1e-7 * scale:
             continue
-        M[[r, pivot]] = M[[pivot, r]]
-        M[r] = M[r] / M[r, c]
-        others = [i for i in range(rows) if i != r]
+        M[[r, at]] = M[[at, r]]
+        M[r] = M[r] / M[r, c].clone()
+        others = [i for i in range(len(M)) if i != r]
         M[others] = M[others] - M[others, c : c + 1] * M[r]
+        pivots.append(c)
         r += 1
+    return M[:r], pivots
+
+
+def _representatives(K: Tensor, known: Tensor) -> list[list[float]]:
+    """Whole-number combinations that span K beyond what is known.
+
+    Adding a known combination changes nothing new, so among all such representatives those with small whole weights are
+    taken: their weights then hold for every unit and every width.
+    """
+    base, taken = _echelon(known.T)
+    rest = K.T.clone()
+    for row, c in zip(base, taken, strict=True):
+        rest = rest - rest[:, c : c + 1] * row
+    rest, _ = _echelon(rest[rest.norm(dim=1) > 1e-9])
     out = []
-    for row in M[:r].tolist():
-        out.append([_round(w) for w in row])
+    choices = list(itertools.product((0.0, 1.0, -1.0), repeat=len(taken))) if len(taken) <= 5 else [(0.0,) * len(taken)]
+    shifts = torch.tensor(choices, dtype=K.dtype) @ base if len(taken) else torch.zeros(1, K.shape[0], dtype=K.dtype)
+    for row in rest:
+        candidates = row + shifts
+        whole = (candidates * 2 - (candidates * 2).round()).abs().amax(1) > 1e-6
+        best = int((whole * 1e6 + (candidates.abs() > 1e-9).sum(1)).argmin())
+        out.append([_round(w) for w in candidates[best].tolist()])
     return out
 
 

@@ -27,20 +27,39 @@ def places_of(spaces: Spaces) -> dict[str, list[Place]]:
     products: dict[tuple[tuple[int, ...], ...], list[Place]] = {}
     for name, p in graph.params.items():
         for axis in range(p.dim()):
-            blocks = spaces.blocks(name, axis)
+            blocks, cross = spaces.blocks(name, axis), _cross(spaces, name, axis)
             for slot, block in enumerate(blocks):
                 for atom in dict.fromkeys(block.atoms):
                     index, outer = _columns(block, atom)
                     if index.numel() <= _MAX_COLUMNS:
-                        out.setdefault(atom_name(atom), []).append(Place(name, axis, (slot,), index, outer, p.shape[axis]))
+                        out.setdefault(atom_name(atom), []).append(Place(name, axis, (slot,), index, outer, p.shape[axis], {k: v for k, v in cross.items() if k != atom_name(atom) and k not in outer}))
             if len(blocks) == 1 and len(blocks[0].atoms) > 1:
                 products.setdefault((blocks[0].atoms,), []).append(Place(name, axis, (-1,), torch.arange(p.shape[axis])[:, None], {}, p.shape[axis]))
             for first, second in _pairs(blocks):
-                key = "pair:" + ".".join(map(str, blocks[first].atoms))
+                key = f"pair:{blocks[first].atoms[-1]}"
                 out.setdefault(key, []).append(_pair(name, axis, p.shape[axis], first, blocks[first], blocks[second]))
     for atoms, found in products.items():
         out["x".join(map(str, atoms[0]))] = found
     return {k: v for k, v in out.items() if v[0].index.shape[0] > 0}
+
+
+def _cross(spaces: Spaces, name: str, axis: int) -> dict[str, Tensor]:
+    """Index spaces on the other axes of a parameter: name -> index of each entry of those axes, flattened."""
+    p = spaces.graph.params[name]
+    others = [a for a in range(p.dim()) if a != axis]
+    if p.numel() // max(1, p.shape[axis]) > _MAX_COLUMNS:
+        return {}
+    out: dict[str, Tensor] = {}
+    for i, a in enumerate(others):
+        blocks = spaces.blocks(name, a)
+        if len(blocks) != 1:
+            continue
+        before = torch.Size([p.shape[b] for b in others[:i]]).numel()
+        after = torch.Size([p.shape[b] for b in others[i + 1 :]]).numel()
+        for atom, stride, size in zip(blocks[0].atoms, blocks[0].strides, blocks[0].sizes, strict=True):
+            index = (torch.arange(p.shape[a]) // stride) % size
+            out.setdefault(atom_name(atom), index.repeat_interleave(after).repeat(before))
+    return out
 
 
 def _columns(block: Monomial, atom: int) -> tuple[Tensor, dict[str, Tensor]]:

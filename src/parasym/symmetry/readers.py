@@ -124,6 +124,8 @@ def _vector(graph: Graph, n: Node, targets: set[object]) -> tuple[str, Node] | N
 
 def _before(graph: Graph, x: Node) -> tuple[str | None, str | None]:
     n, offset = _skip(x), None
+    if n.target is aten.mean.dim:  # an average of affine images is the affine image of an average
+        n = _skip(n.args[0])  # type: ignore[arg-type]
     added = _vector(graph, n, _ADD)
     if added is not None:
         offset, n = added[0], _skip(added[1])
@@ -141,3 +143,39 @@ def _after(graph: Graph, n: Node) -> str | None:
             return found[0]
         if n.target not in _MOVES:
             return None
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A norm with frozen statistics: y = gain * scale * (x - mean) + offset.
+
+    Attributes:
+        gain, offset: parameters; mean, scale: graph nodes of the constants.
+    """
+
+    gain: str
+    offset: str
+    mean: str
+    scale: str
+
+
+def frozen_norms(graph: Graph) -> list[Frozen]:
+    """Norms in evaluation mode."""
+    out = []
+    for n in graph.parameter_ops():
+        added = _vector(graph, n, _ADD)
+        multiplied = _vector(graph, added[1], _MULTIPLY) if added else None
+        if added is None or multiplied is None:
+            continue
+        scaled = _constant(graph, multiplied[1], aten.mul.Tensor)
+        centred = _constant(graph, scaled[0], aten.sub.Tensor) if scaled else None
+        if scaled and centred:
+            out.append(Frozen(multiplied[0], added[0], centred[1].name, scaled[1].name))
+    return out
+
+
+def _constant(graph: Graph, n: Node, target: object) -> tuple[Node, Node] | None:
+    if n.target is not target or not all(isinstance(a, Node) for a in n.args[:2]):
+        return None
+    x, c = n.args[0], n.args[1]
+    return (x, c) if graph.kind.get(c.name) == "const" else None  # type: ignore[union-attr, return-value]

@@ -502,6 +502,7 @@ def _einsum(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes | None:
 def _embedding(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
     table, index = w.axes[a["weight"].name], w.axes[a["indices"].name]
     freeze(table[0], "rows are picked by data (embedding)")
+    w.spaces.contractions[n.name] = Contraction([(a["weight"].name, ["row", "d"])], [*(None for _ in index), "d"])
     return [*index, table[1]]
 
 
@@ -629,6 +630,17 @@ def _layer_norm(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes | None:
         return None
     w.hidden.append(x[: len(x) - len(a["normalized_shape"])])
     return list(x)
+
+
+@_rule("_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training")
+def _batch_norm_state(w: _Walk, n: Node, a: Mapping[str, Any]) -> Any:
+    """The bookkeeping half of a batch norm (its result is written out as operators): every vector runs along the channels."""
+    x = w.axes[a["input"].name]
+    for key in ("weight", "bias", "running_mean", "running_var"):
+        if isinstance(a.get(key), Node):
+            unify(x[1], w.axes[a[key].name][0])
+    value = n.meta["val"]
+    return [list(x), *([x[1]] if v.numel() else [Axis(0)] for v in value[1:])]
 
 
 @_rule("group_norm")
@@ -769,8 +781,6 @@ def _transpose(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
 @_rule("movedim")
 def _movedim(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
     x = w.axes[a["self"].name]
-    order = torch.empty([1] * len(x), device="meta")
-    del order
     source, target = _dims(a["source"], len(x)), _dims(a["destination"], len(x))
     rest = iter([i for i in range(len(x)) if i not in source])
     at = dict(zip(target, source, strict=True))

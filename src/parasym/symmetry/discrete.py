@@ -1,0 +1,325 @@
+"""Discrete symmetries of a traced graph: permutations, signs and exchanges, each certified by its finite action.
+
+Index spaces (:mod:`parasym.symmetry.spaces`) propose which units may be exchanged, a linear system over F2
+(:mod:`parasym.symmetry.signs`) which slices may be negated together, colour refinement
+(:mod:`parasym.symmetry.exchange`) which tensors may be swapped. The judge is always the function: every candidate acts on
+generic parameters and on the given ones, and outputs must agree to 1e-10.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parasym.core.graph import Graph
+from parasym.core.guards import math_attention
+from parasym.symmetry.discrete_actions import (
+    Discrete,
+    Exchange,
+    Joint,
+    Pairs,
+    Permutations,
+    Signs,
+    equal_units,
+    fixed_by,
+    units_of,
+    zero_units,
+)
+from parasym.symmetry.exchange import exchanges
+from parasym.symmetry.signs import sign_solutions
+from parasym.symmetry.spaces import Atom, Spaces, find_spaces
+from parasym.symmetry.symmetry import FixedSet, Params, Symmetry
+
+TOLERANCE = 1e-10
+_MOVED = 1e-6
+_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A discrete symmetry that has been proposed, not certified.
+
+    Attributes:
+        name: what it does and where.
+        group: "S_6", "Z2^4", "S_2 wr S_2".
+        action: how its elements move parameters.
+        fixed_set: its collapsed states.
+        note: what else moves with it.
+    """
+
+    name: str
+    group: str
+    action: Discrete
+    fixed_set: FixedSet | None = field(default=None, repr=False)
+    note: str = ""
+
+    def parameters(self, graph: Graph) -> tuple[str, ...]:
+        return tuple(n for n in self.action.tensors if n in graph.params)
+
+
+def discrete_symmetries(
+    graph: Graph, batches: Sequence[Sequence[Tensor]], generator: torch.Generator | None = None
+) -> tuple[list[Symmetry], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Find and certify the discrete symmetries of a traced model.
+
+    Args:
+        graph: a traced model, with parameter values.
+        batches: data to certify on; the first two are used.
+        generator: random state of the certificates.
+
+    Returns:
+        certified symmetries; candidates that the function refuted, each with its error; what could not be decided.
+    """
+    judge = Judge(graph, batches, generator)
+    found: list[Symmetry] = []
+    refuted: list[dict[str, Any]] = []
+    undecided: list[dict[str, Any]] = []
+    spaces = find_spaces(graph)
+    for c in _candidates(graph, spaces):
+        verdict = judge.verdict(c)
+        if verdict.status == "certified":
+            found.append(_symmetry(graph, c, verdict.error))
+            found += _partial(graph, spaces, c, judge)
+        else:
+            entry = {"name": c.name, "group": c.group, "parameters": list(c.parameters(graph)), "error": verdict.error, "reason": verdict.reason}
+            (refuted if verdict.status == "refuted" else undecided).append(entry)
+    undecided += [{"name": f"axes of {node}", "group": "", "parameters": [], "error": None, "reason": f"no index rule for operator {op}"} for node, op in spaces.unknown.items()]
+    return found, refuted, undecided
+
+
+def discrete_candidates(graph: Graph) -> list[Candidate]:
+    """The candidates of :func:`discrete_symmetries`, uncertified; the graph may live on the meta device."""
+    return _candidates(graph, find_spaces(graph))
+
+
+# -- certificates --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """status: certified | refuted | undecided; error: largest relative change of an output."""
+
+    status: str
+    error: float
+    reason: str = ""
+
+
+class Judge:
+    """Compares outputs before and after a finite action, in float64, at generic and at given parameters."""
+
+    def __init__(self, graph: Graph, batches: Sequence[Sequence[Tensor]], generator: torch.Generator | None) -> None:
+        self.graph, self.generator = graph, generator
+        self.batches = [tuple(b) for b in batches[:_BATCHES]]
+        self.envs = [graph.prepare(b) for b in self.batches]
+        draws: list[Params] = [perturbed(graph.params, generator, scale) for scale in (0.5, 0.1)]
+        self.points = [p for p in (graph.params, *draws) if self._finite(p)][:2] or [graph.params]
+        self.before = [self._outputs(p, self.envs) for p in self.points]
+
+    def verdict(self, candidate: Candidate) -> Verdict:
+        return self.verdict_of(candidate.action)
+
+    def verdict_of(self, action: Discrete) -> Verdict:
+        worst, moved = 0.0, 0.0
+        for element in action.tests(self.generator):
+            for point, before in zip(self.points, self.before, strict=True):
+                error, step = self._error(action, element, point, before)
+                worst, moved = max(worst, error), max(moved, step)
+                if not error <= TOLERANCE:
+                    return Verdict("refuted", error, "outputs change")
+        if moved < _MOVED:
+            return Verdict("undecided", worst, "it does not move the parameters")
+        return Verdict("certified", worst)
+
+    def _error(self, action: Discrete, element: Tensor, point: Params, before: list[list[Tensor]]) -> tuple[float, float]:
+        state = {**self.graph.buffers, **point}
+        after_state = action.act(state, element)
+        moved = max((_change(state[n], v) for n, v in after_state.items() if n in point), default=0.0)
+        envs = self.envs
+        if any(n in self.graph.buffers for n in after_state):
+            shifted = dataclasses.replace(self.graph, buffers={k: after_state.get(k, v) for k, v in self.graph.buffers.items()})
+            envs = [shifted.prepare(b) for b in self.batches]
+        after = self._outputs({**point, **{n: v for n, v in after_state.items() if n in point}}, envs)
+        errors = [_change(x, y) for xs, ys in zip(before, after, strict=True) for x, y in zip(xs, ys, strict=True)]
+        return max(errors, default=0.0), moved
+
+    def _outputs(self, params: Params, envs: Sequence[Any]) -> list[list[Tensor]]:
+        with torch.no_grad(), math_attention():
+            return [self.graph.replay(params, env) for env in envs]
+
+    def _finite(self, params: Params) -> bool:
+        return all(bool(torch.isfinite(o).all()) for out in self._outputs(params, self.envs) for o in out)
+
+
+def _change(a: Tensor, b: Tensor) -> float:
+    size = float(torch.linalg.vector_norm(a))
+    gap = float(torch.linalg.vector_norm(a - b))
+    return gap / size if size > 0 else gap
+
+
+def perturbed(params: Params, generator: torch.Generator | None, scale: float) -> dict[str, Tensor]:
+    """Generic parameters near the given ones: Gaussian steps of a fraction of each tensor's own spread."""
+    out = {}
+    for name, p in params.items():
+        spread = float(p.square().mean().sqrt()) if p.numel() else 0.0
+        noise = torch.randn(p.shape, generator=generator, dtype=p.dtype if p.is_floating_point() else torch.float64)
+        out[name] = p + scale * (spread if spread > 0 else 0.1) * noise
+    return out
+
+
+def _symmetry(graph: Graph, c: Candidate, residual: float) -> Symmetry:
+    names = c.parameters(graph)
+    return Symmetry(
+        name=c.name, group=c.group, dim=0, kind="discrete", parameters=names, level="function", residual=residual, certified=True,
+        action=c.action, where=common_path(names), order=c.action.order, fixed_set=c.fixed_set, note=c.note,
+    )  # fmt: skip
+
+
+def common_path(names: Sequence[str]) -> str:
+    """The module path that parameters share."""
+    if not names:
+        return ""
+    return os.path.commonprefix([n.split(".")[:-1] for n in names]) and ".".join(os.path.commonprefix([n.split(".")[:-1] for n in names]))
+
+
+# -- candidates ----------------------------------------------------------------------------------------------------------------
+
+
+def _candidates(graph: Graph, spaces: Spaces) -> list[Candidate]:
+    return [*_permutations(graph, spaces), *_signs(graph, spaces), *_exchanges(graph, spaces)]
+
+
+def _live(graph: Graph, names: Iterable[str]) -> bool:
+    return any(n in graph.params and n not in graph.dead for n in names)
+
+
+def _note(graph: Graph, names: Sequence[str]) -> str:
+    moved = [n for n in names if n not in graph.params]
+    return f"running statistics move with it: {', '.join(moved)}" if moved else ""
+
+
+def _permutations(graph: Graph, spaces: Spaces) -> list[Candidate]:
+    free = [a for a in spaces.atoms if a.frozen is None and a.size > 1 and _live(graph, a.parameters)]
+    children: dict[int, list[Atom]] = {}
+    for a in free:
+        for p in a.parents:
+            children.setdefault(p, []).append(a)
+    out: list[Candidate] = []
+    done: set[frozenset[int]] = set()
+    for a in free:
+        mutual = [b for b in free if b is not a and b.number in a.parents and a.number in b.parents and len(b.places) == len(a.places)]
+        if mutual and _once_each(a, *mutual):
+            key = frozenset({a.number, *(b.number for b in mutual)})
+            if key not in done:
+                done.add(key)
+                out.append(_pairs(graph, tuple(sorted((a, *mutual), key=lambda x: x.number))))
+            continue
+        if _covered(a, children.get(a.number, [])):
+            continue
+        out.append(_permutation(graph, spaces, a))
+    return out
+
+
+def _once_each(*atoms: Atom) -> bool:
+    return all(len({p.tensor for p in a.places}) == len(a.places) for a in atoms) and len({frozenset(a.parameters) for a in atoms}) == 1
+
+
+def _covered(a: Atom, children: Sequence[Atom]) -> bool:
+    """Whether the group of the only atom inside this one includes this one's exchanges (a wreath product is reported)."""
+    return len(children) == 1 and set(a.parameters) <= set(children[0].parameters)
+
+
+def _permutation(graph: Graph, spaces: Spaces, a: Atom) -> Candidate:
+    action = Permutations(units_of(spaces, a))
+    above = action.units.parents
+    name = f"exchange of {a.size} units: {summary(a.parameters)}"
+    note = _note(graph, action.tensors)
+    if not above:
+        return Candidate(name, f"S_{a.size}", action, equal_units(action), note)
+    sets = action.units.sets
+    name = f"exchange of {a.size} units in each of {sets} sets: {summary(a.parameters)}"
+    movable = [p for p in above if p.frozen is None and p.places]
+    if len(movable) != len(above):
+        return Candidate(name, f"S_{a.size}^{sets}", action, equal_units(action), note)
+    outer = tuple(Permutations(units_of(spaces, p)) for p in movable)
+    top = outer[0].units.size if len(outer) == 1 else None
+    group = f"S_{a.size} wr " + (f"S_{top}" if top else "(" + " x ".join(f"S_{o.units.size}" for o in outer) + ")")
+    joint = Joint((action, *outer))
+    return Candidate(name + ", and of the sets", group, joint, equal_units(action), _note(graph, joint.tensors))
+
+
+def _pairs(graph: Graph, atoms: tuple[Atom, ...]) -> Candidate:
+    action = Pairs(atoms)
+    name = f"exchange of {action.size} units indexed by {' x '.join(str(a.size) for a in atoms)}: {summary(action.tensors)}"
+    return Candidate(name, f"S_{action.size}", action, fixed_by(action, "two units are equal") if action.size <= 64 else None, _note(graph, action.tensors))
+
+
+def summary(names: Sequence[str], most: int = 4) -> str:
+    """Parameter names for a title: the first few, and how many more."""
+    head = ", ".join(names[:most])
+    return head + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _signs(graph: Graph, spaces: Spaces) -> list[Candidate]:
+    out = []
+    for s in sign_solutions(graph, spaces):
+        names = s.action.tensors
+        if not _live(graph, names):
+            continue
+        if isinstance(s.action, Signs):
+            u = s.action.units
+            per = f"per unit ({u.size})" if u.sets == 1 else f"per unit ({u.size} in each of {u.sets} sets)"
+            out.append(Candidate(f"sign of {summary(names)}, {per}", _power("Z2", s.action.order), s.action, zero_units(s.action)))
+        else:
+            out.append(Candidate(f"sign of {summary(names)}", "Z2", s.action, fixed_by(s.action, "everything negated is zero")))
+    return out
+
+
+def _power(group: str, n: int) -> str:
+    return group if n == 1 else f"{group}^{n}"
+
+
+def _exchanges(graph: Graph, spaces: Spaces) -> list[Candidate]:
+    out = []
+    for action, group in exchanges(graph, spaces):
+        first = action.parts[0] if isinstance(action, Joint) else action
+        pairs = ", ".join(f"{a} and {b}" for a, b in first.swaps[:3]) if isinstance(first, Exchange) else ""
+        more = f" and {len(first.swaps) - 3} more" if isinstance(first, Exchange) and len(first.swaps) > 3 else ""
+        per = f", per entry ({action.order})" if isinstance(action, Exchange) and action.inside else ""
+        out.append(Candidate(f"exchange of {pairs}{more}{per}", group, action, fixed_by(action, "the exchanged parameters are equal") if action.order <= 256 else None))
+    return out
+
+
+# -- part of a space -----------------------------------------------------------------------------------------------------------
+
+
+def _partial(graph: Graph, spaces: Spaces, c: Candidate, judge: Judge) -> list[Symmetry]:
+    """Exchanges that hold already when some modules of a space stay in place (only what the function confirms)."""
+    action = c.action
+    if not isinstance(action, Permutations) or action.units.parents:
+        return []
+    groups: dict[str, list[Any]] = {}
+    for p in action.units.places:
+        groups.setdefault(p.tensor.rpartition(".")[0] or p.tensor, []).append(p)
+    if not 3 <= len(groups) <= 4:
+        return []
+    out: list[Symmetry] = []
+    stays: list[str] = []
+    for module in groups:
+        if module in stays:
+            continue
+        rest = [p for m, ps in groups.items() if m != module and m not in stays for p in ps]
+        part = Permutations(units_of(spaces, action.units.atom, rest))
+        verdict = judge.verdict_of(part)
+        if verdict.status == "certified" and len({p.tensor for p in rest}) > 1:
+            stays.append(module)
+            name = f"exchange of {action.units.size} units with {module} left in place: {summary(part.tensors)}"
+            out.append(_symmetry(graph, Candidate(name, c.group, part, equal_units(part), c.note), verdict.error))
+    return out
+
+
