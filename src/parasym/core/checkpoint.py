@@ -234,7 +234,7 @@ def load_exported(path: Path) -> torch.export.ExportedProgram:
 
 
 _OPERATOR = re.compile(
-    r"torch\.ops\.(aten|prims|prim|higher_order)\.((?!__)\w+|__i?(and|or|xor|lshift|rshift)__)(\.(?!__)\w+)?"
+    r"torch\.ops\.(aten|prims|prim|higher_order)\.((?!__|from_file)\w+|__i?(and|or|xor|lshift|rshift)__)(\.(?!__)\w+)?"
     r"|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pos|pow|and_|or_|not_|eq|ne|lt|le|gt|ge)"
     r"|math\.(ceil|floor|trunc|sqrt)|torch\.sym_\w+|torch\._sym_\w+"
 )

@@ -79,7 +79,7 @@ def generic_parameters(graph: Graph, generator: torch.Generator) -> dict[str, Te
         if p.numel() == 0 or p.device.type == "meta":
             out[name] = 0.5 * noise
             continue
-        rms = float(p.square().mean().sqrt())
+        rms = min(float(p.square().mean().sqrt()), 3 * float(p.abs().median()) + 1e-12) or float(p.square().mean().sqrt())  # outliers do not set the scale
         spread = float(p.std()) if p.numel() > 1 else 0.0
         if rms > 0 and spread < 0.5 * rms:  # gains around one, slopes, tables of constants: keep the mean, vary around it
             out[name] = p.mean() + 0.3 * rms * noise

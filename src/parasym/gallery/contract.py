@@ -20,6 +20,7 @@ from parasym.gallery.drawings import Drawing, drawing_named, name_of
 Number = float | int | Tensor | Sequence[Any]
 Relation = Literal["=", ">=", "<="]
 CheckKind = Literal["match", "control"]
+_PLAIN = ("slug", "preset", "config", "seconds", "environment", "title", "paper")
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,7 @@ def flat(value: Number) -> tuple[float, ...]:
     return (float(value),)
 
 
-def _bounded(
-    claim: str, measured: Number, low: Number | None, high: Number | None, kind: CheckKind, source: str, spread: Number
-) -> Check:
+def _bounded(claim: str, measured: Number, low: Number | None, high: Number | None, kind: CheckKind, source: str, spread: Number) -> Check:
     if low is not None and high is None:
         bounds, relation, sign = flat(low), ">=", 1.0
     elif high is not None and low is None:
@@ -135,8 +134,16 @@ def _worst(errors: Any) -> float:
 
 
 def _check(
-    claim: str, theory: tuple[float, ...], seen: tuple[float, ...], error: float, tol: float, kind: CheckKind, source: str,
-    relation: Any, relative: bool, spread: Number,
+    claim: str,
+    theory: tuple[float, ...],
+    seen: tuple[float, ...],
+    error: float,
+    tol: float,
+    kind: CheckKind,
+    source: str,
+    relation: Any,
+    relative: bool,
+    spread: Number,
 ) -> Check:
     sound = all(math.isfinite(value) for value in (*theory, *seen, error, tol))
     return Check(claim, theory, seen, error, tol, sound and error <= tol, kind, source, relation, relative, flat(spread))
@@ -179,7 +186,8 @@ class Part:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict."""
         return {
-            "checks": [check.to_dict() for check in self.checks], "figures": [figure.to_dict() for figure in self.figures],
+            "checks": [check.to_dict() for check in self.checks],
+            "figures": [figure.to_dict() for figure in self.figures],
             "seconds": self.seconds,
         }
 
@@ -187,7 +195,8 @@ class Part:
     def from_dict(cls, data: Mapping[str, Any]) -> Part:
         """Rebuild a part from `to_dict`."""
         return cls(
-            tuple(Check.from_dict(item) for item in data["checks"]), tuple(Figure.from_dict(item) for item in data["figures"]),
+            tuple(Check.from_dict(item) for item in data["checks"]),
+            tuple(Figure.from_dict(item) for item in data["figures"]),
             float(data["seconds"]),
         )
 
@@ -207,6 +216,7 @@ class Result:
         environment: versions and thread count the numbers were made with.
         title: title of the paper.
         paper: its citation.
+        claims: what the entry shows, in words.
     """
 
     slug: str
@@ -219,6 +229,7 @@ class Result:
     environment: Mapping[str, Any] = field(default_factory=dict)
     title: str = ""
     paper: str = ""
+    claims: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -227,16 +238,22 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict."""
-        plain = {key: to_plain(getattr(self, key)) for key in ("slug", "preset", "config", "seeds", "seconds", "environment", "title", "paper")}
+        plain = {key: to_plain(getattr(self, key)) for key in (*_PLAIN, "seeds", "claims")}
         checks = [check.to_dict() for check in self.checks]
         return {**plain, "passed": self.passed, "checks": checks, "figures": [figure.to_dict() for figure in self.figures]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Result:
         """Rebuild a result from `to_dict`."""
-        rest = {key: data[key] for key in ("slug", "preset", "config", "seconds", "environment", "title", "paper")}
+        rest = {key: data[key] for key in _PLAIN}
         checks = tuple(Check.from_dict(item) for item in data["checks"])
-        return cls(**rest, seeds=tuple(data["seeds"]), checks=checks, figures=tuple(Figure.from_dict(item) for item in data["figures"]))
+        return cls(
+            **rest,
+            seeds=tuple(data["seeds"]),
+            claims=tuple(data["claims"]),
+            checks=checks,
+            figures=tuple(Figure.from_dict(item) for item in data["figures"]),
+        )
 
 
 Experiment = Callable[[Any], Part]

@@ -101,13 +101,18 @@ def _band(series: Mapping[str, Any], colour: str) -> Any:
 
     around: Sequence[float] = [*series["x"], *reversed(series["x"])]
     edge = [*series["high"], *reversed(series["low"])]
-    return go.Scatter(x=around, y=edge, fill="toself", fillcolor=colour, opacity=0.15, line={"width": 0}, showlegend=False, hoverinfo="skip")
+    return go.Scatter(
+        x=around, y=edge, fill="toself", fillcolor=colour, opacity=0.15, line={"width": 0}, showlegend=False, hoverinfo="skip"
+    )
 
 
 def _framed(figure: Any, data: Mapping[str, Any]) -> Any:
     log = data.get("log", "")
     figure.update_layout(
-        template="simple_white", height=360, margin={"l": 60, "r": 20, "t": 20, "b": 50}, legend={"orientation": "h", "y": -0.22},
+        template="simple_white",
+        height=360,
+        margin={"l": 60, "r": 20, "t": 20, "b": 50},
+        legend={"orientation": "h", "y": -0.22},
         xaxis={"title": data.get("x", ""), "type": "log" if "x" in log else None},
         yaxis={"title": data.get("y", ""), "type": "log" if "y" in log else None, "exponentformat": "power"},
     )

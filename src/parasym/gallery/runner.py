@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import joblib
@@ -18,9 +20,7 @@ from parasym.gallery.registry import entries
 from parasym.gallery.store import Store, digest
 
 
-def run(
-    slug: str, preset: str = "default", store: Store | str | os.PathLike[str] | None = None, *, jobs: int = 1
-) -> Result:
+def run(slug: str, preset: str = "default", store: Store | str | os.PathLike[str] | None = None, *, jobs: int = 1) -> Result:
     """Run a paper of the gallery.
 
     Args:
@@ -47,16 +47,31 @@ def run_entry(
     work = (joblib.delayed(_cell)(entry.experiments[name], cell, f"{entry.slug}/{name}", kept) for name, cell in cells)
     parts: list[Part] = list(joblib.Parallel(n_jobs=jobs)(work))
     return Result(
-        slug=entry.slug, preset=preset, config=to_plain(config), seeds=seeds_of(config), title=entry.title, paper=entry.paper,
-        checks=tuple(check for part in parts for check in part.checks), figures=tuple(figure for part in parts for figure in part.figures),
-        seconds=sum(part.seconds for part in parts), environment=environment(),
+        slug=entry.slug,
+        preset=preset,
+        config=to_plain(config),
+        seeds=seeds_of(config),
+        title=entry.title,
+        paper=entry.paper,
+        claims=entry.claims,
+        checks=tuple(check for part in parts for check in part.checks),
+        figures=tuple(figure for part in parts for figure in part.figures),
+        seconds=sum(part.seconds for part in parts),
+        environment=environment(),
     )
 
 
 def cell_key(experiment: Experiment, cell: Any, name: str) -> str:
-    """The hash a finished experiment is stored under: its name, its config, the source it runs and the torch version."""
-    source = inspect.getsource(inspect.getmodule(experiment) or experiment)
-    return digest({"name": name, "config": to_plain(cell), "source": source, "torch": torch.__version__})
+    """The hash a finished experiment is stored under: its name, its config, the code it runs and the torch version."""
+    own = inspect.getsource(inspect.getmodule(experiment) or experiment)
+    return digest({"name": name, "config": to_plain(cell), "code": [own, _library_digest()], "torch": torch.__version__})
+
+
+@functools.cache
+def _library_digest() -> str:
+    """Hash of the library's source: what was measured with other code is measured again."""
+    root = Path(__file__).parents[1]
+    return digest({str(path.relative_to(root)): path.read_text(encoding="utf-8") for path in sorted(root.rglob("*.py"))})
 
 
 def seeds_of(config: Any) -> tuple[int, ...]:
@@ -72,7 +87,12 @@ def seeds_of(config: Any) -> tuple[int, ...]:
 
 def environment() -> dict[str, Any]:
     """The versions and the thread count the numbers were made with."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
 
 
 def _cell(experiment: Experiment, cell: Any, name: str, store: Store | None) -> Part:

@@ -41,9 +41,11 @@ class Store:
         except FileNotFoundError:
             return None
         except (ValueError, OSError) as error:
-            return self._refuse(path, str(error))
+            self._refuse(path, str(error))
+            return None
         if not isinstance(record, Mapping) or record.get("key") != key or record.get("sha256") != digest(record.get("content")):
-            return self._refuse(path, "its content does not fit its hash")
+            self._refuse(path, "its content does not fit its hash")
+            return None
         return record["content"]
 
     def put(self, key: str, content: Any) -> Path:
@@ -55,7 +57,7 @@ class Store:
                 file.write(record)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, self.path(key))
+            Path(temporary).replace(self.path(key))
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise

@@ -95,9 +95,10 @@ class Equivariance:
 
 
 def equivariances(symmetry: Symmetry, params: Params, limit: int | None = None) -> list[Equivariance]:
-    """One invariance for each generator of a continuous symmetry (the first ``limit`` of them).
+    """One invariance for each generator of a continuous symmetry, or for ``limit`` of them, evenly spread.
 
-    The tangent is the derivative of the finite action, so its own derivative is available too.
+    The tangents are the symmetry's generators. Where they were found numerically they are no differentiable function of the
+    parameters: then `second_order_residual` does not apply, and `orbit_residual` does.
 
     Args:
         symmetry: a continuous symmetry; a discrete one has no generators and gives an empty list.
@@ -106,17 +107,18 @@ def equivariances(symmetry: Symmetry, params: Params, limit: int | None = None) 
     """
     moved = symmetry.generators(params) if symmetry.kind != "discrete" else {}
     count = next((tangent.shape[0] for tangent in moved.values()), 0)
-    return [_generator(symmetry, index, count) for index in range(count if limit is None else min(limit, count))]
+    wanted = count if limit is None else min(limit, count)
+    return [_generator(symmetry, index * count // wanted, count) for index in range(wanted)]
 
 
 def _generator(symmetry: Symmetry, index: int, count: int) -> Equivariance:
     def action(params: Params, step: Tensor) -> dict[str, Tensor]:
-        anchor = next(iter(params.values()))
-        unit = torch.zeros(count, dtype=anchor.dtype, device=anchor.device)
-        unit[index] = 1
-        return symmetry.action.act(params, step * unit)
+        return symmetry.action.act(params, step * torch.eye(count, dtype=step.dtype, device=step.device)[index])
 
-    return Equivariance(action, name=f"{symmetry.name}[{index}]")
+    def tangent(params: Params) -> dict[str, Tensor]:
+        return {name: rows[index] for name, rows in symmetry.generators(params).items()}
+
+    return Equivariance(action, tangent, name=f"{symmetry.name}[{index}]")
 
 
 def first_order_residual(function: Function, params: Params, equivariance: Equivariance, *, seed: int = 0) -> Residual:
@@ -130,7 +132,7 @@ def first_order_residual(function: Function, params: Params, equivariance: Equiv
     """
     with _math_attention():
         xi = equivariance.xi(params)
-        output, left = jvp(function, (dict(params),), (_full(xi, params),))
+        output, left = _push(function, params, xi)
         right = equivariance.response(output)
         direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=output.dtype).to(output.device)
         pulled = vjp(function, dict(params))[1](direction / direction.norm())[0]
@@ -153,12 +155,43 @@ def second_order_residual(function: Function, params: Params, equivariance: Equi
     return _residual(left, right, scale, "H xi = r'(F) g - (D xi)^T g", xi)
 
 
+def orbit_residual(
+    function: Function, params: Params, action: Callable[[Params, Tensor], Mapping[str, Tensor]], *, step: float = 1e-2, seed: int = 0
+) -> Residual:
+    """xi.H xi = -g.K''(0): the second-order identity along one orbit K(l), from finite moves alone.
+
+    For an action that cannot be differentiated (found numerically, acting by step and retraction); xi and K'' by central
+    differences of fourth order, so the error falls like step^4 until rounding, 1e-16 / step^2, takes over.
+
+    Args:
+        function: params -> scalar, unchanged by the action.
+        params: where to look.
+        action: (params, l) -> the moved parameters (only those that move).
+        step: spacing of l, in units of the action's own coordinate.
+        seed: of the direction u whose |H u| / |u| enters the scale: along an invisible direction both sides are rounding errors.
+    """
+    point = dict(params)
+    anchor = next(iter(point.values()))
+    moved = {
+        shift: {**point, **action(point, torch.tensor(shift * step, dtype=anchor.dtype, device=anchor.device))} for shift in (-2, -1, 1, 2)
+    }
+    xi = {name: (8 * (moved[1][name] - moved[-1][name]) - moved[2][name] + moved[-2][name]) / (12 * step) for name in point}
+    near = {name: (moved[1][name] - value) + (moved[-1][name] - value) for name, value in point.items()}
+    far = {name: (moved[2][name] - value) + (moved[-2][name] - value) for name, value in point.items()}
+    bend = {name: (16 * near[name] - far[name]) / (12 * step**2) for name in point}
+    force, curved = grad(function)(point), hvp(function, point, xi)
+    probe = _gaussian(params, seed)
+    typical = _norm(hvp(function, point, probe)) / _norm(probe)
+    scale = float(_norm(xi) * _norm(curved) + _norm(force) * _norm(bend) + typical * _norm(xi).square())
+    return _residual({"": dot(xi, curved)}, {"": -dot(force, bend)}, scale, "xi.H xi = -g.K''(0)", xi)
+
+
 def predicted_curvature(function: Function, params: Params, equivariance: Equivariance) -> dict[str, Tensor]:
     """r'(F) g - (D xi)^T g: what H xi must be, from the gradient alone (equivariance-toolbox R2)."""
     point = dict(params)
     gradient, output = torch.func.grad_and_value(function)(point)
-    field_, pull = vjp(equivariance.xi, point)
-    pulled = pull({name: gradient[name] for name in field_})[0]
+    moving, pull = torch.func.vjp(equivariance.xi, point)[:2]
+    pulled = pull({name: gradient[name] for name in moving})[0]
     if equivariance.output_law is None:
         return {name: -pulled[name] for name in point}
     slope = jvp(equivariance.response, (output,), (torch.ones_like(output),))[1]
@@ -184,9 +217,7 @@ class DiscreteResiduals:
         return {"function": self.function.to_dict(), "gradient": self.gradient.to_dict(), "hessian": self.hessian.to_dict()}
 
 
-def discrete_residual(
-    function: Function, params: Params, move: Move, *, sign: float = 1.0, seed: int = 0
-) -> DiscreteResiduals:
+def discrete_residual(function: Function, params: Params, move: Move, *, sign: float = 1.0, seed: int = 0) -> DiscreteResiduals:
     """F(G theta) = s F(theta), G^T g(G theta) = s g(theta), G^T H(G theta) G v = s H(theta) v (equivariance-toolbox R7, R9).
 
     Args:
@@ -202,7 +233,7 @@ def discrete_residual(
         return {**values, **move(values)}
 
     with _math_attention():
-        there, pull = vjp(whole, point)
+        there, pull = torch.func.vjp(whole, point)[:2]
         gradient, value = torch.func.grad_and_value(function)(point)
         moved_gradient, moved_value = torch.func.grad_and_value(function)(there)
         curved = hvp(function, point, probe)
@@ -264,6 +295,21 @@ def sharpness_lower_bound(function: Function, params: Params, equivariances: Seq
     return torch.stack(bounds).max()
 
 
+def null_basis(params: Params, equivariances: Sequence[Equivariance], tol: float = 1e-10) -> Tensor:
+    """An orthonormal basis (N, k) of the orbit's tangent space, in the order of ``params``: null for J, the Gauss-Newton
+    matrix, the Fisher matrix and the gradient covariance at every point, and for the Hessian where the gradient vanishes
+    (equivariance-toolbox R5). Project it out before an eigenvalue search or a Newton step.
+
+    Args:
+        params: where to look.
+        equivariances: invariances, at least one.
+        tol: singular values below ``tol`` times the largest count as dependence between the tangents.
+    """
+    rows = torch.stack([flatten(item.xi(params), params) for item in equivariances])
+    _, values, basis = torch.linalg.svd(rows, full_matrices=False)
+    return basis[values > tol * values[0]].T
+
+
 def charge_step(function: Function, params: Params, tangent: Tangent, eta: float, decay: float = 0.0) -> tuple[Tensor, Tensor]:
     """Change of Q = theta.A theta / 2 over one gradient step: measured, and (eta^2 / 2) g.A g predicted (equivariance-toolbox R6).
 
@@ -320,6 +366,16 @@ def _times(values: Mapping[str, Tensor], factor: Tensor | float) -> dict[str, Te
 
 def _sum(terms: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([term[name] for term in terms]).sum(0) for name in terms[0]}
+
+
+def _push(function: Function, params: Params, xi: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The value and its derivative along ``xi``; by reverse mode twice where an operator has no forward-mode derivative."""
+    try:
+        value, slope = jvp(function, (dict(params),), (_full(xi, params),))[:2]
+    except (NotImplementedError, RuntimeError):
+        value, pull = torch.func.vjp(function, dict(params))[:2]
+        slope = torch.func.vjp(lambda cotangent: pull(cotangent)[0], torch.zeros_like(value))[1](_full(xi, params))[0]
+    return value, slope
 
 
 def _gaussian(params: Params, seed: int) -> dict[str, Tensor]:

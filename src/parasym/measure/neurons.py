@@ -118,7 +118,7 @@ def _relative_distance(rows: Tensor, size: Tensor) -> Tensor:
 
 
 def _greedy(close: Tensor, alive: Tensor) -> tuple[int, ...]:
-    groups, representatives = [-1] * len(alive), []
+    groups, representatives = [-1] * len(alive), list[int]()
     for index in alive.nonzero().flatten().tolist():
         joined = next((leader for leader in representatives if bool(close[index, leader])), None)
         if joined is None:
@@ -127,7 +127,9 @@ def _greedy(close: Tensor, alive: Tensor) -> tuple[int, ...]:
     return tuple(groups)
 
 
-def layer_independence(layers: Mapping[str, tuple[Tensor, Tensor | None, Tensor]], zero_tol: float = 0.1, dup_tol: float = 0.1) -> dict[str, IndependentNeurons]:
+def layer_independence(
+    layers: Mapping[str, tuple[Tensor, Tensor | None, Tensor]], zero_tol: float = 0.1, dup_tol: float = 0.1
+) -> dict[str, IndependentNeurons]:
     """`independent_neurons` for each layer, given as name -> (incoming, bias or None, outgoing)."""
     return {
         name: independent_neurons(neuron_vectors(incoming, outgoing, bias), zero_tol, dup_tol)

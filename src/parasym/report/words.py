@@ -110,10 +110,17 @@ def fold(symmetries: Iterable[Mapping[str, Any]]) -> list[Fold]:
         worst = max(residuals) if all(isinstance(value, (int, float)) for value in residuals) else None
         rows.append(
             Fold(
-                name, gather([member["where"] for member in members]), group, kind, len(members), sum(member["dim"] for member in members),
-                worst, all(member["certified"] for member in members), meaning(members[0]),
+                name,
+                gather([member["where"] for member in members]),
+                group,
+                kind,
+                len(members),
+                sum(member["dim"] for member in members),
+                worst,
+                all(member["certified"] for member in members),
+                meaning(members[0]),
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -164,8 +171,13 @@ def verdict(audit: Mapping[str, Any]) -> tuple[bool, str]:
         gaps.append(f"{loose} of {len(symmetries)} symmetries lack a certificate")
     if undecided:
         gaps.append(f"{undecided} {'question' if undecided == 1 else 'questions'} could not be decided")
+    unclassified = (audit.get("classified") or {}).get("undecided") or 0
+    if unclassified:
+        gaps.append(f"{unclassified:,} {'parameter is' if unclassified == 1 else 'parameters are'} neither symmetric nor rigid for sure")
     if explained is not None and explained < 1:
-        gaps.append(f"{percent(1 - explained) if nullity is None else number(round((1 - explained) * nullity))} free directions have no name")
+        gaps.append(
+            f"{percent(1 - explained) if nullity is None else number(round((1 - explained) * nullity))} free directions have no name"
+        )
     if gaps:
         return False, "Open: " + "; ".join(gaps) + "."
     if explained is None:
@@ -175,4 +187,8 @@ def verdict(audit: Mapping[str, Any]) -> tuple[bool, str]:
 
 def collapsed_units(audit: Mapping[str, Any]) -> int:
     """Units, heads or ranks that carry nothing, over all layers."""
-    return sum(item.get("count") or 0 for item in audit.get("collapse") or [] if item.get("kind") in {"dead", "duplicate", "rank", "head", "norm-dead"})
+    return sum(
+        item.get("count") or 0
+        for item in audit.get("collapse") or []
+        if item.get("kind") in {"dead", "duplicate", "rank", "head", "norm-dead"}
+    )

@@ -164,7 +164,7 @@ def tangent(term: Term, params: Params, X: Tensor, copy: Tensor | None = None) -
         M = M if term.op == "mode" else -M.transpose(-1, -2)
         return {place.parameter: _put(torch.zeros_like(p), place, _apply(M, _units(p, place)), False)}
     if term.op in ("shift", "recentre"):
-        c = _weighted(term, params, X[copy].transpose(-1, -2))
+        c = _weighted(term, params, (X[..., 0] if X.dim() == 3 else X)[copy].transpose(-1, -2))
         if term.op == "recentre":
             c = -c
         c = c.expand(p.numel() // place.size, *c.shape[1:])
@@ -261,7 +261,7 @@ def finite(term: Term, weight: float, params: Params, moved: dict[str, Tensor], 
         moved[place.parameter] = _put(p, place, _apply(E, _units(p, place)), False)
         return
     if term.op == "recentre":  # the frozen mean does not scale along: g s m (e^-t - 1) makes up for it
-        c = _weighted(term, params, torch.expm1(-weight * X[copy][..., 0]).transpose(-1, -2) if X.dim() == 3 else torch.expm1(-weight * X[copy]).transpose(-1, -2))
+        c = _weighted(term, params, torch.expm1(-weight * X[..., 0])[copy].transpose(-1, -2))
         p = _current(moved, params, place.parameter)
         moved[place.parameter] = _put(p, place, c.expand(p.numel() // place.size, *c.shape[1:]), True)
         return

@@ -111,7 +111,7 @@ class Discovery:
         self._solve("shift", space, [*self._folds(places), *gained, *absorbs, *(Term("shift", p) for p in places), *self._partial(places), *self._recentres(places, "shift")], local)
 
     def _scales(self, space: str, places: Sequence[Place], local: Copies) -> None:
-        self._solve("scale", space, [*(Term("mode", p) for p in places), *(self._recentres(places, "recentre") if local.local else ())], local)
+        self._solve("scale", space, [*(self._recentres(places, "recentre") if local.local else ()), *(Term("mode", p) for p in places)], local)
 
     def _linear(self, space: str, places: Sequence[Place], local: Copies) -> None:
         n = self.sizes[space]
@@ -242,11 +242,13 @@ class Discovery:
         kept, columns = [], []
         for term in terms:
             t = replace(term, place=by_unit(term.place, space)) if algebra == "scale" and space else term
-            v = self._pack(tangent(t, self.params, X[..., 0] if t.op == "recentre" else X, local.columns(t.place)))
+            if local.columns(t.place) is None:
+                continue
+            v = self._pack(tangent(t, self.params, X, local.columns(t.place)))
             if float(v.norm()) > 1e-12:
                 kept.append(term)
                 columns.append(v)
-        if not columns or (local.local and not any(self._distinguishes(t, space, algebra, local) for t in kept)):
+        if not columns:
             return
         T = torch.stack(columns, 1)
         norms = T.norm(dim=0)
@@ -261,12 +263,8 @@ class Discovery:
         known = K @ kernel(fresh / movement.norm(dim=0).clamp(min=1e-300).max(), 1e-7)
         for weights in _representatives(K, known):
             pairs = tuple((w, t) for w, t in zip(weights, kept, strict=True) if w)
-            if pairs and not (algebra == "gl" and _antisymmetric(pairs)) and self._outside(T @ torch.tensor(weights, dtype=torch.float64)[:, None]) < _TOL:
+            if pairs and all(_is_nice(w) for w, _ in pairs) and not (algebra == "gl" and _antisymmetric(pairs)) and self._outside(T @ torch.tensor(weights, dtype=torch.float64)[:, None]) < _TOL:
                 self._keep(Entry(algebra, space, size, local, pairs), 0)
-
-    def _distinguishes(self, term: Term, space: str, algebra: Algebra, local: Copies) -> bool:
-        place = by_unit(term.place, space) if algebra == "scale" else term.place
-        return local.columns(place) is not None
 
     def _pack(self, tangents: Mapping[str, Tensor]) -> Tensor:
         v = torch.zeros(self.flat.size, dtype=torch.float64)
@@ -278,6 +276,18 @@ class Discovery:
         """Relative part of tangents outside the null space."""
         size = float(v.norm())
         return float((v - self.null @ (self.null.T @ v)).norm()) / size if size > 0 else 1.0
+
+    def tangent_error(self, action: DictionaryAction | EntriesAction) -> float:
+        """Largest relative part of an action's tangents outside the null space."""
+        worst = 0.0
+        tangents = action.generators(self.params)
+        V = torch.zeros(action.dim, self.flat.size, dtype=torch.float64)
+        for name, t in tangents.items():
+            V[:, self.flat.slices[name]] += t.reshape(action.dim, -1)
+        for v in V:
+            if float(v.norm()) > 1e-12:
+                worst = max(worst, self._outside(v[:, None]))
+        return worst
 
     def _keep(self, entry: Entry, rows: int, action: DictionaryAction | EntriesAction | None = None) -> None:
         action = action or DictionaryAction(entry, rows)
@@ -343,14 +353,20 @@ def _representatives(K: Tensor, known: Tensor) -> list[list[float]]:
         rest = rest - rest[:, c : c + 1] * row
     rest, _ = _echelon(rest[rest.norm(dim=1) > 1e-9])
     out = []
-    choices = list(itertools.product((0.0, 1.0, -1.0), repeat=len(taken))) if len(taken) <= 5 else [(0.0,) * len(taken)]
-    shifts = torch.tensor(choices, dtype=K.dtype) @ base if len(taken) else torch.zeros(1, K.shape[0], dtype=K.dtype)
-    for row in rest:
-        candidates = row + shifts
-        whole = (candidates * 2 - (candidates * 2).round()).abs().amax(1) > 1e-6
-        best = int((whole * 1e6 + (candidates.abs() > 1e-9).sum(1)).argmin())
-        out.append([_round(w) for w in candidates[best].tolist()])
+    for i in range(len(rest)):  # elementary row operations: the span stays
+        others = torch.cat([base, rest[:i], rest[i + 1 :]])
+        if 0 < len(others) <= 5:
+            shifts = torch.tensor(list(itertools.product((0.0, 1.0, -1.0), repeat=len(others))), dtype=K.dtype).reshape(-1, len(others)) @ others
+            candidates = rest[i] + shifts
+            whole = (candidates * 2 - (candidates * 2).round()).abs().amax(1) > 1e-6
+            rest[i] = candidates[int((whole * 1e6 + (candidates.abs() > 1e-9).sum(1)).argmin())]
+        out.append([_round(w) for w in rest[i].tolist()])
     return out
+
+
+def _is_nice(w: float) -> bool:
+    """A weight that can hold at every width: a small fraction. Others belong to these weights and these data only."""
+    return float(Fraction(w).limit_denominator(12)) == w
 
 
 def _round(w: float) -> float:

@@ -32,6 +32,7 @@ from parasym.symmetry.discrete_actions import (
     zero_units,
 )
 from parasym.symmetry.exchange import exchanges
+from parasym.symmetry.inversions import inversions
 from parasym.symmetry.signs import sign_solutions
 from parasym.symmetry.spaces import Atom, Spaces, find_spaces
 from parasym.symmetry.symmetry import FixedSet, Params, Symmetry
@@ -51,6 +52,7 @@ class Candidate:
         action: how its elements move parameters.
         fixed_set: its collapsed states.
         note: what else moves with it.
+        fallback: a coarser proposal, for when this one is refuted.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Candidate:
     action: Discrete
     fixed_set: FixedSet | None = field(default=None, repr=False)
     note: str = ""
+    fallback: Candidate | None = field(default=None, repr=False)
 
     def parameters(self, graph: Graph) -> tuple[str, ...]:
         return tuple(n for n in self.action.tensors if n in graph.params)
@@ -83,6 +86,9 @@ def discrete_symmetries(
     spaces = find_spaces(graph)
     for c in _candidates(graph, spaces):
         verdict = judge.verdict(c)
+        while verdict.status != "certified" and c.fallback is not None:
+            c = c.fallback
+            verdict = judge.verdict(c)
         if verdict.status == "certified":
             found.append(_symmetry(graph, c, verdict.error))
             found += _partial(graph, spaces, c, judge)
@@ -191,7 +197,7 @@ def common_path(names: Sequence[str]) -> str:
 
 
 def _candidates(graph: Graph, spaces: Spaces) -> list[Candidate]:
-    return [*_permutations(graph, spaces), *_signs(graph, spaces), *_exchanges(graph, spaces)]
+    return [*_permutations(graph, spaces), *_signs(graph, spaces), *_inversions(graph, spaces), *_exchanges(graph, spaces)]
 
 
 def _live(graph: Graph, names: Iterable[str]) -> bool:
@@ -280,19 +286,39 @@ def _signs(graph: Graph, spaces: Spaces) -> list[Candidate]:
     return out
 
 
+def _inversions(graph: Graph, spaces: Spaces) -> list[Candidate]:
+    out = []
+    for action in inversions(graph, spaces):
+        how = f"turning over the slope {action.slope}" if action.slope else "with a shift of the next bias"
+        per = f", per unit ({action.order})" if isinstance(action.signs, Signs) else ""
+        out.append(Candidate(f"sign of {summary(action.signs.tensors)}, {how}{per}", _power("Z2", action.order), action, None, "acts nonlinearly: no collapsed states"))
+    return out
+
+
 def _power(group: str, n: int) -> str:
     return group if n == 1 else f"{group}^{n}"
 
 
 def _exchanges(graph: Graph, spaces: Spaces) -> list[Candidate]:
     out = []
-    for action, group in exchanges(graph, spaces):
-        first = action.parts[0] if isinstance(action, Joint) else action
-        pairs = ", ".join(f"{a} and {b}" for a, b in first.swaps[:3]) if isinstance(first, Exchange) else ""
-        more = f" and {len(first.swaps) - 3} more" if isinstance(first, Exchange) and len(first.swaps) > 3 else ""
-        per = f", per entry ({action.order})" if isinstance(action, Exchange) and action.inside else ""
-        out.append(Candidate(f"exchange of {pairs}{more}{per}", group, action, fixed_by(action, "the exchanged parameters are equal") if action.order <= 256 else None))
+    for alternatives in exchanges(graph, spaces):
+        best: Candidate | None = None
+        for action, group in reversed(alternatives):
+            best = _exchange(action, group, best)
+        if best is not None:
+            out.append(best)
     return out
+
+
+def _exchange(action: Exchange | Joint, group: str, fallback: Candidate | None) -> Candidate:
+    parts = action.parts if isinstance(action, Joint) else (action,)
+    swaps = [s for p in parts if isinstance(p, Exchange) for s in p.swaps]
+    if isinstance(action, Joint):
+        name = f"exchange of {len(parts) + 1} equal parts: {summary(tuple(dict.fromkeys(n for s in swaps for n in s)))}"
+    else:
+        pairs = ", ".join(f"{a} and {b}" for a, b in swaps[:3]) + (f" and {len(swaps) - 3} more" if len(swaps) > 3 else "")
+        name = f"exchange of {pairs}" + (f", per index of {len(action.inside)} axes ({action.order})" if action.inside else "")
+    return Candidate(name, group, action, fixed_by(action, "the exchanged parameters are equal") if action.order <= 256 else None, "", fallback)
 
 
 # -- part of a space -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from parasym.core.graph import Graph
 from parasym.core.guards import math_attention
 from parasym.symmetry.axes import Axis, Monomial, find, monomials
 from parasym.symmetry.discrete_actions import GlobalSign, Signs, grid, units_of
-from parasym.symmetry.spaces import Contraction, Place, Spaces
+from parasym.symmetry.spaces import Contraction, Place, Spaces, live_nodes
 
 WHOLE = -1  # key of negations of whole blocks or tensors
 _SLOT = tuple[int, int, int]  # axis, block, key; (-1, -1, WHOLE) is all of a tensor
@@ -41,7 +41,7 @@ class SignSolution:
 def sign_solutions(graph: Graph, spaces: Spaces) -> list[SignSolution]:
     """A basis of all sign symmetries of a graph, uncertified; whole-block ones only where units do not explain them."""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), math_attention():
-        system = _Pass(graph, spaces).run()
+        system = SignPass(graph, spaces).run()
     return list(_solutions(spaces, system))
 
 
@@ -102,11 +102,12 @@ def _sparse(basis: list[int], modulo: Sequence[int] = ()) -> list[int]:
 # -- the forward pass ----------------------------------------------------------------------------------------------------------
 
 
-class _Pass:
+class SignPass:
     """Labels of all nodes, and the constraints they must satisfy."""
 
-    def __init__(self, graph: Graph, spaces: Spaces) -> None:
+    def __init__(self, graph: Graph, spaces: Spaces, odd: Mapping[str, Node] | None = None) -> None:
         self.graph, self.spaces = graph, spaces
+        self.odd = dict(odd or {})  # node -> its argument: operators taken to be odd (compensated elsewhere)
         self.variables: dict[int, list[_VARIABLE]] = {}
         self.index: dict[_VARIABLE, int] = {}
         self.constraints: dict[int, Echelon] = {}
@@ -116,19 +117,25 @@ class _Pass:
         self._blocks: dict[int, tuple[Monomial, ...]] = {}
         self._answers: dict[Any, Any] = {}
 
-    def run(self) -> _Pass:
+    def run(self) -> SignPass:
+        live, moving = live_nodes(self.graph), set[str]()
         for n in self.graph.nodes:
             kind = self.graph.kind.get(n.name)
-            if n.name not in self.spaces.axes:
+            if n.name not in self.spaces.axes or n.name not in live:
                 continue
             if n.name in self.graph.holders:
                 self.labels[n.name] = self._parameter(self.graph.holders[n.name], self.spaces.axes[n.name])
-            elif kind in ("const", "data") or n.op == "placeholder":
+            elif n.name in self.spaces.carriers:
+                self.labels[n.name] = self._parameter(n.name, self.spaces.axes[n.name])
+                moving.add(n.name)
+            elif (kind in ("const", "data") or n.op == "placeholder") and not any(a.name in moving for a in n.all_input_nodes):
                 self.labels[n.name] = {}
                 value = self.spaces.constants.get(n.name)
                 if isinstance(value, Tensor) and value.numel() and not bool(value.any()):
                     self.zero.add(n.name)
             else:
+                if kind == "const":
+                    moving.add(n.name)
                 self.labels[n.name] = self._operator(n)
         for name in self.graph.outputs:
             for (_, _, key), mask in self.labels.get(name, {}).items():
@@ -194,6 +201,11 @@ class _Pass:
                 self.labels[a.name] = self._reduced(self.labels[a.name])
         if n.name in self.spaces.contractions:
             return self._contract(n, self.spaces.contractions[n.name])
+        if n.name in self.odd:
+            for a in inputs:
+                for slot, mask in self.labels[a.name].items() if a is not self.odd[n.name] else ():
+                    self._forbid(slot[2], mask)
+            return self._carry(n, self.odd[n.name])
         if name.split(".")[0] in _CARRY and len(inputs) == 1:
             return self._carry(n, inputs[0])
         return self._ask(n, inputs)
@@ -312,7 +324,7 @@ class _Pass:
         if base is None:
             return []
         k = len(groups)
-        trials = range(1, 1 << k) if k <= _GROUPS else [*(1 << i for i in range(k)), (1 << k) - 1]
+        trials = [t for t in _subsets(k, _GROUPS) if t]
         out = []
         for trial in trials:
             moved = dict(env)
@@ -345,7 +357,7 @@ class _Pass:
         if before.dtype == torch.bool or not before.is_floating_point():
             return 0 if torch.equal(before, after) else None
         signs = [self._sign(s, axes) for s in slots]
-        for bits in _subsets(len(slots)):
+        for bits in _subsets(len(slots), 8):
             expected = before
             for j, s in enumerate(signs):
                 expected = expected * s if bits >> j & 1 else expected
@@ -409,9 +421,9 @@ def _elements(axes: Any) -> int:
     return total
 
 
-def _subsets(n: int) -> Iterator[int]:
-    """Sets of slots to try: all of up to eight, else none, all, single ones and pairs."""
-    if n <= 8:
+def _subsets(n: int, most: int) -> Iterator[int]:
+    """Sets to try: every one of up to ``most`` members, else none, all, single ones and pairs."""
+    if n <= most:
         yield from range(1 << n)
         return
     yield from (0, (1 << n) - 1)
@@ -422,25 +434,30 @@ def _subsets(n: int) -> Iterator[int]:
 # -- solutions -----------------------------------------------------------------------------------------------------------------
 
 
-def _solutions(spaces: Spaces, system: _Pass) -> Iterator[SignSolution]:
+def _solutions(spaces: Spaces, system: SignPass) -> Iterator[SignSolution]:
     bases = {key: _sparse(system.constraints.get(key, Echelon()).kernel(len(v))) for key, v in system.variables.items()}
     atoms = sorted((k for k in bases if k != WHOLE), key=lambda k: -len(spaces.atoms[k].parents))
     images: dict[int, list[int]] = {}
     for key in atoms:
-        basis = _new(bases[key], images.get(key, []))
+        basis = independent(bases[key], images.get(key, []))
         for v in bases[key]:
             for target in [*spaces.atoms[key].parents, WHOLE]:
-                image = _image(spaces, system, v, key, target)
-                if image:
-                    images.setdefault(target, []).append(image)
+                found = image(spaces, system, v, key, target)
+                if found:
+                    images.setdefault(target, []).append(found)
         for v in basis:
-            yield SignSolution(Signs(units_of(spaces, spaces.atoms[key], _places(spaces, system, v, key))))
-    for v in _new(bases.get(WHOLE, []), images.get(WHOLE, [])):
-        chosen = [x for i, x in enumerate(system.variables[WHOLE]) if v >> i & 1]
-        yield SignSolution(GlobalSign(tuple((t, None, None) if i == -1 else (t, i, _block(spaces, t, i, b)) for t, i, b, _ in chosen)))
+            yield SignSolution(Signs(units_of(spaces, spaces.atoms[key], places_of(spaces, system, v, key))))
+    for v in independent(bases.get(WHOLE, []), images.get(WHOLE, [])):
+        yield SignSolution(global_sign(spaces, system, v))
 
 
-def _new(basis: Sequence[int], known: Sequence[int]) -> list[int]:
+def global_sign(spaces: Spaces, system: SignPass, v: int) -> GlobalSign:
+    """The action of a solution for whole tensors and blocks."""
+    chosen = [x for i, x in enumerate(system.variables[WHOLE]) if v >> i & 1]
+    return GlobalSign(tuple((t, None, None) if i == -1 else (t, i, spaces.blocks(t, i)[b]) for t, i, b, _ in chosen))
+
+
+def independent(basis: Sequence[int], known: Sequence[int]) -> list[int]:
     """Vectors of a basis that are independent of known ones, as short as those allow."""
     span = Echelon()
     used = [v for v in known if span.add(v)]
@@ -448,16 +465,13 @@ def _new(basis: Sequence[int], known: Sequence[int]) -> list[int]:
     return _sparse(out, used)
 
 
-def _block(spaces: Spaces, tensor: str, axis: int, block: int) -> Monomial:
-    return spaces.blocks(tensor, axis)[block]
-
-
-def _places(spaces: Spaces, system: _Pass, v: int, key: int) -> list[Place]:
+def places_of(spaces: Spaces, system: SignPass, v: int, key: int) -> list[Place]:
+    """Where a solution negates the units of an atom."""
     wanted = {x[:3] for i, x in enumerate(system.variables[key]) if v >> i & 1}
     return [p for p in spaces.atoms[key].places if (p.tensor, p.axis, p.slot) in wanted]
 
 
-def _image(spaces: Spaces, system: _Pass, v: int, key: int, target: int) -> int:
+def image(spaces: Spaces, system: SignPass, v: int, key: int, target: int) -> int:
     """What negating every unit of an atom does, in the unknowns of an enclosing atom or of whole tensors."""
     out = 0
     for i, (tensor, axis, block, _) in enumerate(system.variables[key]):
@@ -469,7 +483,7 @@ def _image(spaces: Spaces, system: _Pass, v: int, key: int, target: int) -> int:
     return out
 
 
-def _enclosing(spaces: Spaces, system: _Pass, tensor: str, axis: int, block: int, target: int) -> list[_VARIABLE]:
+def _enclosing(spaces: Spaces, system: SignPass, tensor: str, axis: int, block: int, target: int) -> list[_VARIABLE]:
     if (tensor, axis, block, target) in system.index:
         return [(tensor, axis, block, target)]
     if target == WHOLE:

@@ -158,6 +158,15 @@ def find_spaces(graph: Graph) -> Spaces:
     return _Walk(graph).run()
 
 
+def live_nodes(graph: Graph) -> set[str]:
+    """Nodes that an output depends on."""
+    live = set(graph.outputs)
+    for n in reversed(graph.nodes):
+        if n.name in live:
+            live.update(a.name for a in n.all_input_nodes)
+    return live
+
+
 class _Walk:
     """One pass over the nodes: each operator's rule ties or creates axes."""
 
@@ -174,7 +183,10 @@ class _Walk:
         return self.spaces.axes
 
     def run(self) -> Spaces:
+        live = live_nodes(self.graph)
         for n in self.graph.nodes:
+            if n.name not in live and n.op != "placeholder" and "batch_norm" not in _name(n):  # running statistics follow their channels
+                continue
             result = self._placeholder(n) if n.op in ("placeholder", "get_attr") else self._operator(n)
             if result is not None:
                 self.axes[n.name] = result

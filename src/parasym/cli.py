@@ -1,0 +1,399 @@
+"""The front door: `parasym audit` and `parasym gallery`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from parasym.core.errors import CheckpointError, MissingExtraError, ParasymError
+from parasym.report import words
+
+OK, OPEN, BAD_INPUT, REFUSED, BROKEN = 0, 1, 2, 3, 4
+"""Exit codes: all certified; something open; bad input or usage; weights refused; parasym itself failed."""
+
+EXIT_CODES = (
+    "[bold]Exit codes[/]  0 every claim is certified and nothing is open · 1 done, but something is undecided, unexplained or failed · "
+    "2 the input or the command cannot be used · 3 a weights file was refused · 4 parasym itself failed (--debug shows where)"
+)
+
+app = typer.Typer(
+    name="parasym",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Find the symmetries in a network's parameters: the directions in which the weights can move and the network stays the same.",
+    epilog=(
+        "[bold]Start here[/]\n\n"
+        "parasym audit model.py:build               a function of yours that returns (model, args)\n\n"
+        "parasym audit path/to/hf-folder --html report.html\n\n"
+        "parasym gallery list                       the papers that can be run\n\n" + EXIT_CODES
+    ),
+)
+gallery = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich", help="Run the papers: what theory predicts beside what is measured.", epilog=EXIT_CODES
+)
+app.add_typer(gallery, name="gallery")
+
+
+class Completeness(StrEnum):
+    """How to count the free directions."""
+
+    auto = "auto"
+    exact = "exact"
+    none = "none"
+
+
+class Preset(StrEnum):
+    """How large a gallery run is."""
+
+    smoke = "smoke"
+    default = "default"
+    full = "full"
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"parasym {importlib.metadata.version('parasym')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    """Hold the options of parasym itself; the commands do the work."""
+
+
+@app.command(
+    epilog=(
+        "[bold]Examples[/]\n\n"
+        "parasym audit train.py:build_model --weights best.safetensors --html report.html\n\n"
+        "parasym audit checkpoints/my-bert                         a Hugging Face folder\n\n"
+        "parasym audit 'hf:GPT2Config?n_layer=2&n_embd=64'         an architecture, random weights\n\n"
+        "parasym audit model.pt2 --json | jq .completeness         an exported program\n\n"
+        "parasym audit model.safetensors --model train.py:build_model\n\n" + EXIT_CODES
+    )
+)
+def audit(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="file.py:callable or package.module:callable that returns (model, args), a Hugging Face folder, "
+            "hf:ConfigClass?option=value, a .pt2 program, or a weights file together with --model.",
+        ),
+    ],
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights to load first: .safetensors, or .pt/.pth with tensors only.", metavar="FILE")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The network, when TARGET is a weights file.", metavar="TARGET")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report, one self-contained page.", metavar="OUT")] = None,
+    as_json: AsJson = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
+    completeness: Annotated[
+        Completeness, typer.Option(help="Count the free directions: when affordable, always, or never.")
+    ] = Completeness.auto,
+    debug: Debug = False,
+) -> None:
+    """Find, name and certify the symmetries of a network, and count what is left over."""
+    with _errors_explained(debug):
+        if html is not None:
+            _check_writable(html)
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        load = importlib.import_module("parasym.core.load")
+        with _progress() as progress:
+            progress("loading", 0.0)
+            loaded = load.load_target(target, weights, model)
+            load.require_inputs(loaded)
+            run = importlib.import_module("parasym.audit").audit
+            found = run(loaded.model, args=loaded.args, kwargs=loaded.kwargs, completeness=completeness.value, seed=seed, progress=progress)
+        result = words.plain(found.to_dict())
+        for note in loaded.notes:
+            typer.echo(f"note: {note}", err=True)
+        if html is not None:
+            found.to_html(html)
+            typer.echo(f"report: {html}", err=True)
+        if as_json:
+            typer.echo(json.dumps(result, indent=2, allow_nan=False))
+        else:
+            _show_audit(result)
+    raise typer.Exit(OK if words.verdict(result)[0] else OPEN)
+
+
+@gallery.command("list")
+def gallery_list(as_json: AsJson = False, debug: Debug = False) -> None:
+    """List the papers that can be run, and what each claims."""
+    with _errors_explained(debug):
+        entries = importlib.import_module("parasym.gallery").entries()
+        rows = [
+            {"slug": entry.slug, "title": entry.title, "paper": entry.paper, "claims": list(entry.claims)} for entry in entries.values()
+        ]
+        if as_json:
+            typer.echo(json.dumps(rows, indent=2))
+            return
+        table = _table("paper", "title", "claims")
+        for entry in entries.values():
+            table.add_row(Text(entry.slug, "bold"), f"{entry.title}\n{entry.paper}", "\n".join(f"· {claim}" for claim in entry.claims))
+        _console().print(table)
+
+
+@gallery.command("run")
+def gallery_run(
+    slug: Annotated[str, typer.Argument(help="A paper of `parasym gallery list`.")],
+    preset: Annotated[
+        Preset, typer.Option(help="smoke: seconds; default: up to a minute; full: the paper's own setting.")
+    ] = Preset.default,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run a paper and compare each prediction with its measurement; exits with 0 only if all agree."""
+    with _errors_explained(debug):
+        room = importlib.import_module("parasym.gallery")
+        _known_paper(room, [slug])
+        result = room.run(slug, preset.value)
+        if as_json:
+            typer.echo(json.dumps(words.plain(result.to_dict()), indent=2, allow_nan=False))
+        else:
+            _show_result(result)
+    raise typer.Exit(OK if result.passed else OPEN)
+
+
+@gallery.command("report")
+def gallery_report(
+    outdir: Annotated[Path, typer.Argument(help="Folder for the pages.", metavar="OUTDIR")],
+    slugs: Annotated[list[str] | None, typer.Argument(help="Papers to run; all of them if none is named.", metavar="[SLUG]...")] = None,
+    preset: Annotated[Preset, typer.Option(help="smoke: seconds; default: up to a minute; full: the paper's own setting.")] = Preset.smoke,
+    debug: Debug = False,
+) -> None:
+    """Run papers and write their pages; exits with 0 only if all checks pass."""
+    with _errors_explained(debug):
+        room = importlib.import_module("parasym.gallery")
+        _known_paper(room, slugs or [])
+        chosen = slugs or list(room.entries())
+        results = []
+        with _progress() as progress:
+            for index, slug in enumerate(chosen):
+                progress(slug, index / len(chosen))
+                results.append(room.run(slug, preset.value))
+        page = room.report(outdir, results)
+        for result in results:
+            good = sum(check.passed for check in result.checks)
+            typer.echo(f"{'pass' if result.passed else 'FAIL'}  {result.slug}  {good}/{len(result.checks)} checks")
+        typer.echo(f"report: {page or outdir}", err=True)
+    raise typer.Exit(OK if all(result.passed for result in results) else OPEN)
+
+
+def _known_paper(room: Any, slugs: Sequence[str]) -> None:
+    known = room.entries()
+    for slug in slugs:
+        if slug not in known:
+            _fail(f"The gallery has no paper {slug!r}. It has: {', '.join(sorted(known))}.", BAD_INPUT)
+
+
+def _show_audit(audit: Mapping[str, Any]) -> None:
+    """Print an audit so that it is read in a minute: verdict, symmetries, completeness, collapse, open ends, advice."""
+    console = _console()
+    model, complete = audit["model"], audit.get("completeness") or {}
+    good, sentence = words.verdict(audit)
+    console.print(Text(f"{model['name']}: {model['parameters']:,} parameters in {model['tensors']} tensors, {model['mode']} mode", "bold"))
+    console.print(
+        Text(
+            f"traced by {model['trace']}; {model['inputs']}; seed {model['seed']}"
+            + (f"; twin: {model['twin']}" if model.get("twin") else ""),
+            "dim",
+        )
+    )
+    console.print(Text(sentence, "green" if good else "yellow"))
+    console.print()
+
+    rows = words.fold(audit["symmetries"])
+    table = _table("symmetry", "where", "group", "dim", "what it means", "certificate", right={"dim", "certificate"})
+    for row in rows:
+        times = f" ×{row.count}" if row.count > 1 else ""
+        stamp = Text(words.number(row.residual), "green") if row.certified else Text(f"none ({words.number(row.residual)})", "red")
+        table.add_row(
+            Text(row.name + times, "bold"),
+            row.where or "(all)",
+            row.group,
+            "–" if row.kind == "discrete" else words.number(row.dim),
+            row.meaning,
+            stamp,
+        )
+    console.print(table if rows else Text("No symmetries were found.", "bold"))
+    if rows:
+        console.print(
+            Text(
+                f"certificate: largest relative change of the outputs under finite moves; at most {words.CERTIFIED_BELOW:g} certifies",
+                "dim",
+            )
+        )
+
+    if complete.get("nullity") is not None:
+        console.print(
+            f"\ncompleteness: {words.percent(complete.get('explained'))} of {complete['nullity']:,} free directions explained; "
+            f"rank {words.number(complete.get('rank'))} of {complete['parameters']:,} ({complete.get('method', '')}"
+            + (")" if complete.get("exact") else ", an estimate)")
+        )
+    classified = audit.get("classified")
+    if classified:
+        console.print("parameters: " + ", ".join(f"{count:,} {kind}" for kind, count in classified.items()))
+
+    if audit.get("collapse"):
+        console.print()
+        limit = 12
+        table = _table("collapsed", "where", "units", "parameters lost", "", right={"parameters lost"})
+        for item in sorted(audit["collapse"], key=lambda item: -(item.get("parameters_lost") or 0))[:limit]:
+            table.add_row(
+                Text(item["kind"], "bold"),
+                item["where"],
+                f"{words.number(item.get('count'))} of {words.number(item.get('of'))}",
+                words.number(item.get("parameters_lost")),
+                "; ".join(filter(None, [item.get("note"), "can be removed" if item.get("removable") else ""])),
+            )
+        console.print(table)
+        if len(audit["collapse"]) > limit:
+            console.print(Text(f"and {len(audit['collapse']) - limit} more (--json or --html lists them)", "dim"))
+    for key, title, detail in (
+        ("undecided", "Undecided", lambda item: f"{item.get('dim')} directions"),
+        ("approximate", "Approximate", lambda item: f"ratio {words.number(item.get('ratio'))}"),
+        ("refuted", "Refuted", lambda item: ""),
+    ):
+        _show_list(console, title, audit.get(key) or [], detail)
+    if audit.get("advice"):
+        console.print(Text("\nAdvice", "bold"))
+        for item in audit["advice"]:
+            style = {"high": "bold red", "medium": "yellow"}.get(item["severity"], "cyan")
+            console.print(
+                Text.assemble(
+                    (f"{item['severity']:>6}  ", style), (item["what"], "bold"), f" ({item['where']})" if item.get("where") else ""
+                )
+            )
+            console.print(Text(f"        {item['why']}"))
+            if item.get("command"):
+                console.print(Text(f"        $ {item['command']}", "green"))
+
+
+def _show_list(
+    console: Console, title: str, items: Sequence[Mapping[str, Any]], detail: Callable[[Mapping[str, Any]], str], limit: int = 8
+) -> None:
+    if not items:
+        return
+    console.print(Text(f"\n{title}", "bold"))
+    for item in items[:limit]:
+        more = detail(item)
+        console.print(Text(f"  {item['name']}{f' ({more})' if more else ''}: {item['why']}"))
+    if len(items) > limit:
+        console.print(Text(f"  and {len(items) - limit} more (--json or --html lists them)", "dim"))
+
+
+def _show_result(result: Any) -> None:
+    console = _console()
+    table = _table(
+        "", "claim", "predicted", "measured", "error", "tolerance", right={"error", "tolerance"}, title=f"{result.slug} ({result.preset})"
+    )
+    for check in result.checks:
+        mark = Text("pass", "green") if check.passed else Text("FAIL", "bold red")
+        kind = " (control)" if check.kind == "control" else ""
+        bound = "" if check.relation == "=" else f"{check.relation} "
+        table.add_row(
+            mark,
+            check.claim + kind,
+            bound + _values(check.predicted),
+            _values(check.measured),
+            words.number(check.error),
+            words.number(check.tolerance),
+        )
+    console.print(table)
+    good = sum(check.passed for check in result.checks)
+    console.print(Text(f"{good} of {len(result.checks)} checks passed in {result.seconds:.1f} s", "green" if result.passed else "bold red"))
+
+
+def _values(values: Sequence[float], limit: int = 4) -> str:
+    return ", ".join(words.number(value, 4) for value in values[:limit]) + (f", … ({len(values)})" if len(values) > limit else "")
+
+
+def _console() -> Console:
+    """Standard output; names are printed as they are, whatever brackets they hold. A pipe gets wide lines."""
+    console = Console(markup=False, highlight=False)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(markup=False, highlight=False, width=160)
+
+
+def _table(*columns: str, right: frozenset[str] | set[str] = frozenset(), title: str | None = None) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """Give a callback (stage, fraction 0..1) that draws a bar on standard error, when that is a terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, markup=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda stage, fraction: bar.update(task, description=stage, completed=min(max(fraction, 0.0), 1.0))
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        reason = "it is a folder" if path.is_dir() else "its folder does not exist"
+        _fail(f"Cannot write {path}: {reason}. Give a file in a folder that exists.", BAD_INPUT)
+
+
+@contextmanager
+def _errors_explained(debug: bool) -> Iterator[None]:
+    """Turn errors into one paragraph on standard error and an exit code; ``debug`` lets the traceback through."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except KeyboardInterrupt:
+        _fail("Interrupted.", 130)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        raise typer.Exit(OK) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, CheckpointError):
+            _fail(str(error), REFUSED)
+        if isinstance(error, MissingExtraError | ParasymError):
+            _fail(str(error), BAD_INPUT)
+        _fail(
+            f"parasym failed unexpectedly: {type(error).__name__}: {error}."
+            + ("" if debug else " Run the same command with --debug to see where."),
+            BROKEN,
+        )
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app()

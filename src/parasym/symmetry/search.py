@@ -1,0 +1,232 @@
+"""Discovery on a model small enough for its whole Jacobian: every continuous symmetry, named and certified.
+
+Structural families come from parameters in general position; what the given weights have beyond them (dead units, kernels)
+is found at those weights. Closed forms first; what they leave is found blind and certified by retraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parasym.core.graph import Graph
+from parasym.core.samples import Batch, draw, generic_parameters
+from parasym.symmetry.certify import ACCEPT, Certificate, certify, relative_change
+from parasym.symmetry.dictionary import DictionaryAction, Entry
+from parasym.symmetry.discover import Discovery, Found
+from parasym.symmetry.families import Cover, Family, class_subspaces
+from parasym.symmetry.fibre import FibreAction, Sampled
+from parasym.symmetry.naming import group_of, name_of, where_of
+from parasym.symmetry.places import places_of
+from parasym.symmetry.spaces import Spaces, find_spaces
+from parasym.symmetry.symmetry import Kind, Level, Symmetry
+from parasym.symmetry.tangent import Flat, NullSpace, edge_motion, flat_of, null_space, triangular
+
+Progress = Callable[[str, float], None]
+_MAX_BATCHES = 64
+
+
+@dataclass
+class Search:
+    """Everything a search found.
+
+    Attributes:
+        symmetries: certified families.
+        entries: the dictionary entry behind a symmetry, by position (None for fibre families).
+        refuted, undecided, approximate: what else was met.
+        null: null space at the given parameters; generic: at general position.
+        explained: rank that certified families explain.
+    """
+
+    graph: Graph
+    spaces: Spaces
+    batches: list[Batch]
+    fresh: list[Batch]
+    null: NullSpace
+    generic: NullSpace
+    symmetries: list[Symmetry] = field(default_factory=list)
+    entries: list[Entry | None] = field(default_factory=list)
+    refuted: list[dict[str, Any]] = field(default_factory=list)
+    undecided: list[dict[str, Any]] = field(default_factory=list)
+    approximate: list[dict[str, Any]] = field(default_factory=list)
+    explained: int = 0
+    moving: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+def settle(graph: Graph, params: Mapping[str, Tensor], batches: list[Batch], flat: Flat, generator: torch.Generator, grow: bool) -> tuple[NullSpace, list[Batch]]:
+    """Null space on enough samples: batches are added until the rank has not grown for two doublings in a row."""
+    R = triangular(graph, params, batches, flat)
+    null = null_space(R, len(batches))
+    if not grow:
+        return null, batches
+    outputs = sum(o.numel() for o in graph.replay(params, graph.prepare(batches[0])))
+    still = 0
+    while still < 2 and null.nullity and len(batches) < _MAX_BATCHES:
+        enough = max(len(batches), -(-2 * flat.size // max(outputs, 1)) - len(batches))
+        more = [draw(graph, batches[0], generator) for _ in range(min(enough, _MAX_BATCHES - len(batches)))]
+        R = torch.cat([R, triangular(graph, params, more, flat)])
+        R = torch.linalg.qr(R, mode="r").R if len(R) > flat.size else R
+        batches = batches + more
+        new = null_space(R, len(batches))
+        still = still + 1 if new.nullity == null.nullity else 0
+        null = new
+    return null, batches
+
+
+def search(
+    graph: Graph, batches: list[Batch], generator: torch.Generator, *, grow: bool = True, level: Level = "function", progress: Progress | None = None
+) -> Search:
+    """Find, certify and count every continuous symmetry of a small graph.
+
+    Args:
+        batches: inputs for rank and certificates.
+        grow: draw more of the same kind until the rank is stable (False: exactly these).
+    """
+    tell = progress or (lambda stage, fraction: None)
+    flat = flat_of(graph)
+    tell("rank", 0.0)
+    null, batches = settle(graph, graph.params, batches, flat, generator, grow)
+    fresh = [draw(graph, batches[0], generator) for _ in range(2)] if grow else batches
+    general, generic = _general_position(graph, batches, flat, generator, null)
+    spaces = find_spaces(graph)
+    out = Search(graph, spaces, batches, fresh, null, generic)
+    places, constants = places_of(spaces), graph.prepare(batches[0])
+    tell("families", 0.3)
+    structural = Discovery(graph, general, generic.basis, flat, places, constants, generator).run() if generic.nullity else []
+    here = Discovery(graph, graph.params, null.basis, flat, places, constants, generator)
+    judge = Sampled.of(graph, fresh)
+    tell("certificates", 0.5)
+    for found in structural:
+        _admit(out, here, found, judge, level, generator, point=False)
+    if not here.complete:
+        before = len(here.found)
+        here._entries()
+        for found in here.found[before:]:
+            _certify_entry(out, found, judge, level, generator, point=True)
+    tell("blind stage", 0.8)
+    if not here.complete:
+        _blind(out, here, flat, judge, level, generator)
+    out.explained = sum(s.dim for s in out.symmetries)
+    out.moving = null.basis.norm(dim=1) > 1e-7
+    tell("families", 1.0)
+    return out
+
+
+def _general_position(graph: Graph, batches: Sequence[Batch], flat: Flat, generator: torch.Generator, null: NullSpace) -> tuple[dict[str, Tensor], NullSpace]:
+    """Redrawn parameters with the smallest nullity of a few draws: accidents only ever add null directions."""
+    best: tuple[dict[str, Tensor], NullSpace] | None = None
+    for _ in range(4):
+        params = generic_parameters(graph, generator)
+        found = null_space(triangular(graph, params, batches, flat), len(batches))
+        if best is None or found.nullity < best[1].nullity:
+            best = (params, found)
+        elif found.nullity == best[1].nullity:
+            break
+    assert best is not None
+    return best
+
+
+def _admit(out: Search, here: Discovery, found: Found, judge: Sampled, level: Level, generator: torch.Generator, point: bool) -> None:
+    """Add a structural family at the given weights, with what it explains there."""
+    before = len(here.found)
+    here._keep(found.entry, 0, found.action)
+    if len(here.found) > before:
+        _certify_entry(out, here.found[-1], judge, level, generator, point)
+        return
+    outside = here.tangent_error(found.action)
+    if outside > 1e-6:
+        out.refuted.append({"name": name_of(found.entry, here.readers), "why": f"its tangents leave the null space at these weights (relative part {outside:.1e})", "parameters": list(found.entry.parameters)})
+
+
+def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, generator: torch.Generator, point: bool) -> None:
+    certificate = certify(found.action, judge, out.graph.params, generator)
+    entry = found.entry
+    parameters = tuple(found.action.entries) if hasattr(found.action, "entries") and not entry.terms else entry.parameters
+    name = name_of(entry, here_readers(out.graph))
+    if not certificate.accepted:
+        _reject(out, name, parameters, found.new, certificate)
+        return
+    kind: Kind = "point" if point else {"free": "pure", "row": "pure", "shift": "translation", "scale": "diagonal"}.get(entry.algebra, "linear")  # type: ignore[assignment]
+    out.symmetries.append(Symmetry(name, group_of(entry, found.action.dim), found.new, kind, parameters, level, certificate.residual, True, found.action, where_of(parameters)))
+    out.entries.append(entry if entry.terms else None)
+
+
+def here_readers(graph: Graph) -> Any:
+    from parasym.symmetry.readers import readers
+
+    cached = graph.__dict__.get("_readers")
+    if cached is None:
+        cached = graph.__dict__["_readers"] = readers(graph)
+    return cached
+
+
+def _reject(out: Search, name: str, parameters: Sequence[str], dim: int, c: Certificate) -> None:
+    record = {"name": name, "parameters": list(parameters), "dim": dim}
+    if c.residual < 1e-3 and c.moved > 1e-3:
+        out.approximate.append({**record, "ratio": c.residual, "why": "holds to first order and up to a small constant (the eps of a norm) under finite elements"})
+    else:
+        out.refuted.append({**record, "why": f"a finite element changes the outputs by {c.residual:.1e} (moved {c.moved:.1e})"})
+
+
+def _blind(out: Search, here: Discovery, flat: Flat, judge: Sampled, level: Level, generator: torch.Generator) -> None:
+    """What closed forms leave: minimal parameter sets, certified by step and retraction."""
+    null = out.null.basis
+    edges = edge_motion(out.graph, out.graph.params, null, out.batches[: max(1, len(out.batches) // 3)], flat, generator)
+    cover = Cover(out.graph, flat, null)
+    cover.explained = here.explained
+    n = null.shape[1]
+    for kind, U in class_subspaces(edges, n).items():
+        cover.add_class(kind, U)
+    cover.add_class("blind", torch.eye(n, dtype=torch.float64))
+    sampled = Sampled.of(out.graph, out.batches)
+    special = out.null.nullity > out.generic.nullity
+    for family in cover.families:
+        _certify_family(out, family, sampled, judge, flat, level, generator, special)
+    left = cover._fresh(torch.eye(n, dtype=torch.float64)).shape[1]
+    if left:
+        out.undecided.append({"name": "null directions without a family", "why": "no parameter set carries them", "parameters": [], "dim": left})
+
+
+_FIBRE_NAMES = {
+    "pure": "directions that no reader sees", "translation": "translation of activations", "diagonal": "scale of units", "linear": "linear map of activations",
+    "affine": "affine map of activations", "blind": "fibre of an over-complete map",
+}
+
+
+def _certify_family(out: Search, family: Family, sampled: Sampled, judge: Sampled, flat: Flat, level: Level, generator: torch.Generator, special: bool) -> None:
+    name = _FIBRE_NAMES[family.kind]
+    best: Certificate | None = None
+    for names in (family.parameters, tuple(flat.shapes)):  # the fibre may curve out of the smallest set: then all may move
+        action = FibreAction(sampled, flat, family.new, names)
+        for size in (0.3, 0.1, 0.03):
+            best = certify_fibre(action, judge, out.graph.params, generator, size)
+            if best.accepted:
+                break
+        if best is not None and best.accepted:
+            break
+    assert best is not None
+    if best.accepted:
+        kind: Kind = "point" if special else family.kind
+        note = "true at these weights and on these inputs; certified by step and retraction" if special else "certified by step and retraction"
+        out.symmetries.append(Symmetry(name, f"R^{family.dim} (fibre)", family.dim, kind, family.parameters, level, best.residual, True, action, where_of(family.parameters), note=note))
+        out.entries.append(None)
+        return
+    why = f"null to first order, but no finite move was certified (residual {best.residual:.1e}, moved {best.moved:.1e})"
+    out.undecided.append({"name": name, "why": why, "parameters": list(family.parameters), "dim": family.dim})
+
+
+def certify_fibre(action: FibreAction, judge: Sampled, params: Mapping[str, Tensor], generator: torch.Generator, size: float) -> Certificate:
+    """One step and retraction along each of a few random combinations: unchanged on the judge's inputs, and still moved the way it was asked to."""
+    before = judge.outputs(params)
+    element = torch.randn(action.dim, generator=generator, dtype=torch.float64)
+    element = size * element / element.norm()
+    new = action.act(params, element)
+    residual = relative_change(before, judge.outputs({**params, **new}))
+    moved = torch.cat([(new[n] - params[n]).reshape(-1) for n in action.names])
+    asked = (action.vectors @ element)[action.flat.rows(action.names)]
+    cosine = float(moved @ asked / (moved.norm() * asked.norm()).clamp(min=1e-300))
+    return Certificate(residual, cosine, residual <= ACCEPT and cosine >= 0.9, 1)
