@@ -1,0 +1,26 @@
+"""parasym: the symmetries in a network's parameters, and what they do to its training."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from parasym.audit import Audit as Audit
+    from parasym.audit import audit as audit
+    from parasym.audit import symmetries as symmetries
+    from parasym.symmetry.symmetry import Symmetry as Symmetry
+    from parasym.symmetry.symmetry import SymmetrySet as SymmetrySet
+
+_PUBLIC = {"audit": "parasym.audit", "symmetries": "parasym.audit", "Audit": "parasym.audit", "Symmetry": "parasym.symmetry.symmetry", "SymmetrySet": "parasym.symmetry.symmetry"}
+__all__ = ["Audit", "Symmetry", "SymmetrySet", "__version__", "audit", "symmetries"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'parasym' has no attribute {name!r}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value  # also over the sub-module of the same name
+    return value

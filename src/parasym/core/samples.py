@@ -71,8 +71,12 @@ def token_ranges(graph: Graph) -> dict[str, int]:
     return out
 
 
-def generic_parameters(graph: Graph, generator: torch.Generator) -> dict[str, Tensor]:
-    """Parameters in general position: every tensor redrawn at its own scale, so that no unit is dead or special by accident."""
+def generic_parameters(graph: Graph, generator: torch.Generator, own_scale: bool = True) -> dict[str, Tensor]:
+    """Parameters in general position: every tensor redrawn, so that no unit is dead or special by accident.
+
+    Args:
+        own_scale: keep the scale of each tensor; else matrices are drawn at the scale of a fresh layer, vectors at 0.3.
+    """
     out = {}
     for name, p in graph.params.items():
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
@@ -84,5 +88,6 @@ def generic_parameters(graph: Graph, generator: torch.Generator) -> dict[str, Te
         if rms > 0 and spread < 0.5 * rms:  # gains around one, slopes, tables of constants: keep the mean, vary around it
             out[name] = p.mean() + 0.3 * rms * noise
         else:
-            out[name] = max(rms, 0.3) * noise
+            fresh = 1.3 / (p.numel() / p.shape[0]) ** 0.5 if p.dim() > 1 else 0.3
+            out[name] = (max(rms, 0.3) if own_scale else fresh) * noise
     return out

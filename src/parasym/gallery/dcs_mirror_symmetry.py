@@ -43,7 +43,7 @@ class ConstraintConfig:
     rank: int = 3
     noise: float = 0.5
     eta: float = 0.02
-    long_eta: float = 0.3
+    long_eta: float = 0.15
     steps: int = 6000
     above: float = 1.1
     below: float = 0.9

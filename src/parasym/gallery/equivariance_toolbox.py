@@ -347,8 +347,8 @@ def _flat_directions(config: NetConfig, nets: Sequence[Net]) -> list[Check]:
     size = sum(value.numel() for value in nets[0].params.values())
     return [
         match(
-            "rank of the Jacobian = N - dim of the orbit",
-            [size - row["orbit"] for row in rows],
+            "rank of the Jacobian = N - dim of the orbit - what units seen by fewer samples than inputs lose",
+            [size - row["orbit"] - row["unseen"] for row in rows],
             [row["rank"] for row in rows],
             0.0,
             source=f"{SLUG} A1, R5",
@@ -390,12 +390,20 @@ def _null_numbers(config: NetConfig, item: Net) -> dict[str, float]:
     taught = Net(item.params, item.x, item.outputs(item.params).detach(), item.activation)
     return {
         "orbit": float(basis.shape[1]),
+        "unseen": _unseen(config, item),
         "null": float((jacobian @ basis).abs().max()),
         "rank": float(torch.linalg.matrix_rank(jacobian)),
         "covariance": float((covariance @ basis).abs().max()),
         "stationary": _curvature_along(config, taught),
         "bent": _curvature_along(config, item),
     }
+
+
+def _unseen(config: NetConfig, item: Net) -> float:
+    """Null directions at these weights only: a ReLU unit active on a < inputs samples loses inputs - a, a dead one all but its orbit."""
+    active = (item.x @ item.params["W"].T > 0).sum(0)
+    alive = (config.inputs - active).clamp_min(0)
+    return float(torch.where(active > 0, alive, config.inputs + config.outputs - 1).sum()) if config.activation == "relu" else 0.0
 
 
 def _curvature_along(config: NetConfig, item: Net) -> float:
@@ -1009,6 +1017,7 @@ class Config:
     curvature: CurvatureConfig | None = CurvatureConfig()
     kink: KinkConfig | None = KinkConfig()
     training: TrainingConfig | None = TrainingConfig()
+    discovered: DiscoveredConfig | None = DiscoveredConfig()
 
 
 ENTRY = Entry(
@@ -1029,10 +1038,17 @@ ENTRY = Entry(
         ),
         "full": Config(
             continuous=NetConfig(seeds=tuple(range(20))),
-            discrete=DiscreteConfig(net=NetConfig(activation="tanh", seeds=tuple(range(10)))),
+            discrete=DiscreteConfig(net=NetConfig(activation="tanh", seeds=tuple(range(10))), nodes=80),
             curvature=CurvatureConfig(points=1000),
-            training=TrainingConfig(channels=(64, 128, 256, 256), images=256, size=32, classes=10, steps=400, every=40),
+            training=TrainingConfig(channels=(32, 64, 64), images=64, size=16, classes=10, steps=60, every=20),
         ),
     },
-    experiments={"continuous": continuous, "discrete": discrete, "curvature": curvature, "kink": kink, "training": training},
+    experiments={
+        "continuous": continuous,
+        "discrete": discrete,
+        "curvature": curvature,
+        "kink": kink,
+        "training": training,
+        "discovered": discovered,
+    },
 )

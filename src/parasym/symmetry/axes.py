@@ -19,7 +19,7 @@ _MAX_MONOMIALS = 4096
 class Axis:
     """A union-find variable: an atom until something refines it to a product (row-major) or a concatenation."""
 
-    __slots__ = ("size", "up", "kind", "parts", "frozen", "number")
+    __slots__ = ("frozen", "kind", "number", "parts", "size", "up")
 
     def __init__(self, size: int, frozen: str | None = None, kind: Kind = "atom", parts: Sequence[Axis] = ()) -> None:
         self.size, self.frozen, self.kind, self.parts = size, frozen, kind, tuple(parts)
@@ -224,7 +224,9 @@ class Monomial:
 def monomials(a: Axis) -> tuple[Monomial, ...]:
     """An axis as a disjoint union of strided blocks of atoms (numbered beforehand); () when there are too many."""
     terms = _terms(find(a))
-    return () if terms is None else tuple(Monomial(o, tuple(x.number for x, _ in f), tuple(s for _, s in f), tuple(x.size for x, _ in f)) for o, f in terms)
+    if terms is None:
+        return ()
+    return tuple(Monomial(o, tuple(x.number for x, _ in f), tuple(s for _, s in f), tuple(x.size for x, _ in f)) for o, f in terms)
 
 
 _Term = tuple[int, tuple[tuple[Axis, int], ...]]

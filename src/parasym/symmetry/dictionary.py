@@ -62,6 +62,7 @@ class Term:
         offset: for normal, the shift that goes with the gain.
         factor: constant (n,) multiplying the vector (the scale of frozen batch statistics).
         rows: for shift, which entries of the other axes move (a class token's position, say); None: all.
+        rows_at: the other axis and its branch that ``rows`` stands for.
         out_axis: for absorb and normal, the axis of the parameter that the bias shares.
     """
 
@@ -73,11 +74,12 @@ class Term:
     offset: Place | None = None
     factor: Tensor | None = None
     rows: Tensor | None = None
+    rows_at: tuple[int, int] | None = None
     out_axis: int = 0
 
     @property
     def key(self) -> tuple[object, ...]:
-        return (self.op, self.place.key, self.gain.key if self.gain else None, self.gain_power, self.target.key if self.target else None, self.offset.key if self.offset else None, None if self.rows is None else tuple(self.rows[:1].tolist()))
+        return (self.op, self.place.key, self.gain.key if self.gain else None, self.gain_power, self.target.key if self.target else None, self.offset.key if self.offset else None, self.rows_at)
 
     @property
     def parameters(self) -> tuple[str, ...]:

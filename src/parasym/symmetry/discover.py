@@ -63,7 +63,7 @@ class Discovery:
         for step in (self._free, self._rows):
             for space, places in self.places.items():
                 step(space, places)
-        for step in (self._shifts, self._scales, self._linear):
+        for step in (self._shifts, self._linear, self._scales):
             jobs = [(local, space) for space, places in self.places.items() for local in self._locals(space, places, step)]
             for local, space in sorted(jobs, key=lambda j: -len(j[0].local)):
                 if self.complete:
@@ -169,12 +169,9 @@ class Discovery:
         for p in places:
             for other in {q.axis for q in self.everywhere.get(p.parameter, ()) if q.axis != p.axis}:
                 blocks = {q.branch: q for q in self.everywhere[p.parameter] if q.axis == other and q.branch != (-1,)}
-                if len(blocks) < 2:
-                    continue
-                shape = self.params[p.parameter].shape
-                rest = [a for a in range(len(shape)) if a != p.axis]
-                grid = torch.arange(torch.Size([shape[a] for a in rest]).numel()).reshape([shape[a] for a in rest]).movedim(rest.index(other), 0)
-                out += [Term("shift", p, rows=grid[q.index.reshape(-1)].reshape(-1).sort().values) for q in blocks.values()]
+                if len(blocks) > 1:
+                    shape = self.params[p.parameter].shape
+                    out += [Term("shift", p, rows=rows_of(shape, p.axis, q), rows_at=(other, q.branch[0])) for q in blocks.values()]
         return out
 
     def _recentres(self, places: Sequence[Place], op: str) -> list[Term]:
@@ -308,6 +305,13 @@ class Discovery:
             return
         self.explained = torch.cat([self.explained, fresh], 1)
         self.found.append(Found(entry, action, self.explained.shape[1] - before))
+
+
+def rows_of(shape: torch.Size, axis: int, other: Place) -> Tensor:
+    """Entries of the axes other than ``axis``, flattened, that belong to a place on one of them."""
+    rest = [a for a in range(len(shape)) if a != axis]
+    grid = torch.arange(torch.Size([shape[a] for a in rest]).numel()).reshape([shape[a] for a in rest]).movedim(rest.index(other.axis), 0)
+    return grid[other.index.reshape(-1)].reshape(-1).sort().values
 
 
 def _antisymmetric(pairs: Sequence[tuple[float, Term]]) -> bool:

@@ -9,8 +9,8 @@ generic parameters and on the given ones, and outputs must agree to 1e-10.
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,10 +93,14 @@ def discrete_symmetries(
             found.append(_symmetry(graph, c, verdict.error))
             found += _partial(graph, spaces, c, judge)
         else:
-            entry = {"name": c.name, "group": c.group, "parameters": list(c.parameters(graph)), "error": verdict.error, "reason": verdict.reason}
+            entry = _entry(c.name, c.group, c.parameters(graph), verdict.error, verdict.reason)
             (refuted if verdict.status == "refuted" else undecided).append(entry)
-    undecided += [{"name": f"axes of {node}", "group": "", "parameters": [], "error": None, "reason": f"no index rule for operator {op}"} for node, op in spaces.unknown.items()]
+    undecided += [_entry(f"axes of {node}", "", (), None, f"no index rule for operator {op}") for node, op in spaces.unknown.items()]
     return found, refuted, undecided
+
+
+def _entry(name: str, group: str, parameters: Sequence[str], error: float | None, reason: str) -> dict[str, Any]:
+    return {"name": name, "group": group, "parameters": list(parameters), "error": error, "reason": reason}
 
 
 def discrete_candidates(graph: Graph) -> list[Candidate]:
@@ -188,9 +192,9 @@ def _symmetry(graph: Graph, c: Candidate, residual: float) -> Symmetry:
 
 def common_path(names: Sequence[str]) -> str:
     """The module path that parameters share."""
-    if not names:
-        return ""
-    return os.path.commonprefix([n.split(".")[:-1] for n in names]) and ".".join(os.path.commonprefix([n.split(".")[:-1] for n in names]))
+    paths = [n.split(".")[:-1] for n in names]
+    shared = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+    return ".".join(shared)
 
 
 # -- candidates ----------------------------------------------------------------------------------------------------------------
@@ -262,7 +266,8 @@ def _permutation(graph: Graph, spaces: Spaces, a: Atom) -> Candidate:
 def _pairs(graph: Graph, atoms: tuple[Atom, ...]) -> Candidate:
     action = Pairs(atoms)
     name = f"exchange of {action.size} units indexed by {' x '.join(str(a.size) for a in atoms)}: {summary(action.tensors)}"
-    return Candidate(name, f"S_{action.size}", action, fixed_by(action, "two units are equal") if action.size <= 64 else None, _note(graph, action.tensors))
+    fixed = fixed_by(action, "two units are equal") if action.size <= 64 else None
+    return Candidate(name, f"S_{action.size}", action, fixed, _note(graph, action.tensors))
 
 
 def summary(names: Sequence[str], most: int = 4) -> str:
@@ -291,7 +296,8 @@ def _inversions(graph: Graph, spaces: Spaces) -> list[Candidate]:
     for action in inversions(graph, spaces):
         how = f"turning over the slope {action.slope}" if action.slope else "with a shift of the next bias"
         per = f", per unit ({action.order})" if isinstance(action.signs, Signs) else ""
-        out.append(Candidate(f"sign of {summary(action.signs.tensors)}, {how}{per}", _power("Z2", action.order), action, None, "acts nonlinearly: no collapsed states"))
+        name = f"sign of {summary(action.signs.tensors)}, {how}{per}"
+        out.append(Candidate(name, _power("Z2", action.order), action, None, "acts nonlinearly: no collapsed states"))
     return out
 
 
@@ -318,7 +324,8 @@ def _exchange(action: Exchange | Joint, group: str, fallback: Candidate | None) 
     else:
         pairs = ", ".join(f"{a} and {b}" for a, b in swaps[:3]) + (f" and {len(swaps) - 3} more" if len(swaps) > 3 else "")
         name = f"exchange of {pairs}" + (f", per index of {len(action.inside)} axes ({action.order})" if action.inside else "")
-    return Candidate(name, group, action, fixed_by(action, "the exchanged parameters are equal") if action.order <= 256 else None, "", fallback)
+    fixed = fixed_by(action, "the exchanged parameters are equal") if action.order <= 256 else None
+    return Candidate(name, group, action, fixed, "", fallback)
 
 
 # -- part of a space -----------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Reader:
         return mask
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inversion:
     """Negation of what enters some operators, with their readers (and slopes) adapted.
 
@@ -134,7 +134,9 @@ def inversions(graph: Graph, spaces: Spaces) -> list[Inversion]:
         known = plain.constraints.get(key, Echelon()).kernel(n) + (whole if key == WHOLE else [])
         for v in independent(system.constraints.get(key, Echelon()).kernel(n), known):
             found = _inversion(graph, spaces, system, operators, key, v)
-            out += [found] if found is not None else []
+            if found is None:
+                continue
+            out.append(found)
             if key != WHOLE:
                 whole.append(image(spaces, system, v, key, WHOLE))
     return out

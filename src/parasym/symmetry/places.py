@@ -27,12 +27,11 @@ def places_of(spaces: Spaces) -> dict[str, list[Place]]:
     products: dict[tuple[tuple[int, ...], ...], list[Place]] = {}
     for name, p in graph.params.items():
         for axis in range(p.dim()):
-            blocks, cross = spaces.blocks(name, axis), _cross(spaces, name, axis)
+            blocks = spaces.blocks(name, axis)
             for slot, block in enumerate(blocks):
                 for atom in dict.fromkeys(block.atoms):
-                    index, outer = _columns(block, atom)
-                    if index.numel() <= _MAX_COLUMNS:
-                        out.setdefault(atom_name(atom), []).append(Place(name, axis, (slot,), index, outer, p.shape[axis], {k: v for k, v in cross.items() if k != atom_name(atom) and k not in outer}))
+                    if p.shape[axis] <= _MAX_COLUMNS:
+                        out.setdefault(atom_name(atom), []).append(place_at(spaces, name, axis, slot, atom))
             if len(blocks) == 1 and len(blocks[0].atoms) > 1:
                 products.setdefault((blocks[0].atoms,), []).append(Place(name, axis, (-1,), torch.arange(p.shape[axis])[:, None], {}, p.shape[axis]))
             for first, second in _pairs(blocks):
@@ -41,6 +40,20 @@ def places_of(spaces: Spaces) -> dict[str, list[Place]]:
     for atoms, found in products.items():
         out["x".join(map(str, atoms[0]))] = found
     return {k: v for k, v in out.items() if v[0].index.shape[0] > 0}
+
+
+def place_at(spaces: Spaces, name: str, axis: int, slot: int, atom: int) -> Place:
+    """One atom in one block of an axis."""
+    block = spaces.blocks(name, axis)[slot]
+    index, outer = _columns(block, atom)
+    cross = {k: v for k, v in _cross(spaces, name, axis).items() if k != atom_name(atom) and k not in outer}
+    return Place(name, axis, (slot,), index, outer, spaces.graph.params[name].shape[axis], cross)
+
+
+def pair_place(spaces: Spaces, name: str, axis: int, slot: int) -> Place:
+    """A rotary pair: two neighbouring blocks over the same atoms."""
+    blocks = spaces.blocks(name, axis)
+    return _pair(name, axis, spaces.graph.params[name].shape[axis], slot, blocks[slot], blocks[slot + 1])
 
 
 def _cross(spaces: Spaces, name: str, axis: int) -> dict[str, Tensor]:

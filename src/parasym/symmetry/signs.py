@@ -27,8 +27,10 @@ WHOLE = -1  # key of negations of whole blocks or tensors
 _SLOT = tuple[int, int, int]  # axis, block, key; (-1, -1, WHOLE) is all of a tensor
 _LABEL = dict[_SLOT, int]
 _VARIABLE = tuple[str, int, int, int]
+_GROUP = list[tuple[int, _SLOT]]  # slots of the arguments that can only be negated together
+_RELATION = list[tuple[int, list[int]]]  # (set of groups, set of slots of each result)
 _GROUPS, _BLOCKS, _ELEMENTS = 5, 16, 4_000_000
-_CARRY = {"transpose", "t", "numpy_T", "permute", "unsqueeze", "squeeze", "contiguous", "clone", "to", "alias", "detach", "expand", "mT", "dropout"}
+_CARRY = {"transpose", "t", "numpy_T", "mT", "permute", "unsqueeze", "squeeze", "expand", "contiguous", "clone", "to", "alias", "detach", "dropout"}
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ class SignPass:
             self._apply(key, list(by_mask), relation, targets, out)
         return out if several else out[0]
 
-    def _apply(self, key: int, masks: list[int], relation: list[tuple[int, list[int]]], targets: list[list[_SLOT]], out: list[_LABEL]) -> None:
+    def _apply(self, key: int, masks: list[int], relation: _RELATION, targets: list[list[_SLOT]], out: list[_LABEL]) -> None:
         """Turn the negations an operator bears, (set of groups, negated slots of each result), into labels and constraints."""
         allowed = Echelon()
         image: dict[int, list[int]] = {}
@@ -307,16 +309,16 @@ class SignPass:
     # -- asking an operator --
 
     def _relation(
-        self, n: Node, inputs: list[Node], key: int, groups: list[list[tuple[int, _SLOT]]], results: list[list[Axis]], targets: list[list[_SLOT]]
-    ) -> list[tuple[int, list[int]]]:
+        self, n: Node, inputs: list[Node], key: int, groups: list[_GROUP], results: list[list[Axis]], targets: list[list[_SLOT]]
+    ) -> _RELATION:
         signature = self._signature(n, inputs, key, groups, results, targets)
         if signature not in self._answers:
             self._answers[signature] = self._probe(n, inputs, key, groups, results, targets)
         return self._answers[signature]
 
     def _probe(
-        self, n: Node, inputs: list[Node], key: int, groups: list[list[tuple[int, _SLOT]]], results: list[list[Axis]], targets: list[list[_SLOT]]
-    ) -> list[tuple[int, list[int]]]:
+        self, n: Node, inputs: list[Node], key: int, groups: list[_GROUP], results: list[list[Axis]], targets: list[list[_SLOT]]
+    ) -> _RELATION:
         if sum(_elements(self.spaces.axes[a.name]) for a in inputs) > _ELEMENTS:
             return []
         env = self._draw(inputs)
@@ -397,7 +399,9 @@ class SignPass:
     def _signature(self, n: Node, inputs: list[Node], key: int, groups: Any, results: Any, targets: Any) -> Any:
         position = {a.name: i for i, a in enumerate(inputs)}
         args = torch.fx.node.map_arg((n.args, n.kwargs), lambda a: f"<{position.get(a.name, a.name)}>")
-        tensors = tuple((tuple(x.size for x in self.spaces.axes[a.name]), a.name in self.zero, a.name if a.name in self.spaces.constants else "", self.graph.kind.get(a.name)) for a in inputs)
+        tensors = tuple(
+            (tuple(x.size for x in self.spaces.axes[a.name]), a.name in self.zero, a.name if a.name in self.spaces.constants else "") for a in inputs
+        )
 
         def layout(slot: _SLOT, axes: Sequence[Axis]) -> Any:
             if slot[0] == -1:

@@ -65,7 +65,10 @@ class Place:
         index = torch.tensor([[self.block.offset]])
         for a, stride, size in zip(self.block.atoms, self.block.strides, self.block.sizes, strict=True):
             steps = stride * torch.arange(size)
-            index = (index[:, None, :] + steps[None, :, None]).reshape(-1, index.shape[1]) if a == atom else (index[:, :, None] + steps).flatten(1)
+            if a == atom:
+                index = (index[:, None, :] + steps[None, :, None]).reshape(-1, index.shape[1])
+            else:
+                index = (index[:, :, None] + steps).flatten(1)
         return index
 
 
@@ -315,7 +318,8 @@ def constant_axes(value: Tensor, why: str) -> Axes:
     An axis along which nothing varies is free. Axes of one size under whose joint exchange nothing changes (an identity
     matrix) share one free axis. All others are frozen.
     """
-    out: list[Axis | None] = [Axis(s) if s <= 1 or bool((value == value.narrow(i, 0, 1)).all()) else None for i, s in enumerate(value.shape)]
+    still = [s <= 1 or bool((value == value.narrow(i, 0, 1)).all()) for i, s in enumerate(value.shape)]
+    out: list[Axis | None] = [Axis(s) if free else None for s, free in zip(value.shape, still, strict=True)]
     rest = [i for i, a in enumerate(out) if a is None]
     for i in rest:
         group = [j for j in rest if out[j] is None and value.shape[j] == value.shape[i]]
@@ -412,13 +416,14 @@ def _broadcast(tensors: Sequence[Axes]) -> Axes:
     return out
 
 
-@_rule("where", "__and__", "__or__", "__xor__", "lerp", "hardswish", "log_sigmoid", "clamp_min", "clamp_max", "rsub", "softsign", "logical_and", "logical_or")
+@_rule("where", "__and__", "__or__", "__xor__", "lerp", "hardswish", "log_sigmoid", "clamp_min", "clamp_max", "rsub", "logical_and", "logical_or")
 def _pointwise(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
     return _broadcast(_tensors(w, n))
 
 
-@_rule("dropout", "to", "_to_copy", "clone", "contiguous", "alias", "detach", "detach_", "lift_fresh", "lift_fresh_copy", "type_as", "feature_dropout", "alpha_dropout",
-       "standardise", "instance_standardise", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_like", "bernoulli", "float", "double", "_assert_tensor_metadata")  # fmt: skip
+@_rule("dropout", "feature_dropout", "alpha_dropout", "bernoulli", "standardise", "instance_standardise",
+       "to", "_to_copy", "clone", "contiguous", "alias", "detach", "detach_", "lift_fresh", "lift_fresh_copy", "type_as", "float", "double",
+       "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_like")  # fmt: skip
 def _same(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
     x = w.axes[next(iter(n.all_input_nodes)).name]
     if n.target is standardise:
@@ -535,7 +540,9 @@ def _convolution(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes | None:
         spatial = [Axis(s, "convolution window") for s in sizes]
         lead: list[Any] = ["b"] if channel else []
         taps = [f"t{i}" for i in range(space)]
-        out = contract(w, n, [(a["input"], [*lead, "c", *(f"s{i}" for i in range(space))]), (a["weight"], ["c", "o", *taps] if transposed else ["o", "c", *taps])], [*lead, "o"])
+        kernel = ["c", "o", *taps] if transposed else ["o", "c", *taps]
+        image = [*lead, "c", *(f"s{i}" for i in range(space))]
+        out = contract(w, n, [(a["input"], image), (a["weight"], kernel)], [*lead, "o"])
         return [*out, *spatial]
     each = Axis(groups)
     if transposed:
@@ -685,8 +692,9 @@ def _triangle(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
     return list(x)
 
 
-@_rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-       "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "lp_pool2d")  # fmt: skip
+@_rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool2d",
+       "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d",
+       "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa")  # fmt: skip
 def _pool(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes | None:
     x = w.axes[_first(a).name]
     digits = [c for c in _name(n) if c.isdigit()]

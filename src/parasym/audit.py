@@ -1,0 +1,263 @@
+"""The main job: trace, discover, certify, count, measure collapse, advise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from parasym import __version__
+from parasym.core.errors import InputError
+from parasym.core.functional import float_outputs
+from parasym.core.graph import Graph, trace
+from parasym.core.guards import check_deterministic, preserve, rng_state
+from parasym.core.samples import Batch, draw, flatten
+from parasym.measure.collapse import advice as advice_on
+from parasym.measure.collapse import collapse as collapse_of
+from parasym.symmetry.discrete import discrete_symmetries
+from parasym.symmetry.full import audit_full_size
+from parasym.symmetry.picture import picture
+from parasym.symmetry.search import Progress, Search, search
+from parasym.symmetry.symmetry import Symmetry, SymmetrySet
+
+EXACT_PARAMETERS = 1500
+Completeness = Literal["auto", "exact", "none"]
+
+
+@dataclass(frozen=True)
+class Count:
+    """How much of the null space is explained.
+
+    Attributes:
+        parameters: number of distinct trainable numbers.
+        rank, nullity: of the Jacobian of all outputs (of the twin, where the model is too large: see ``method``).
+        explained: rank of the certified symmetries over the nullity; None where it was not counted.
+        exact: counted on the model itself, not on a twin.
+        method: how.
+        gap: smallest kept and largest null relative singular value.
+    """
+
+    parameters: int
+    rank: int | None
+    nullity: int | None
+    explained: float | None
+    exact: bool
+    method: str
+    gap: tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "gap": list(self.gap) if self.gap else None}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found. ``print`` it, ``to_dict`` it, or write it as a page with ``to_html``."""
+
+    model: dict[str, Any]
+    symmetries: list[Symmetry]
+    completeness: Count
+    collapse: list[dict[str, Any]]
+    advice: list[dict[str, Any]]
+    refuted: list[dict[str, Any]]
+    undecided: list[dict[str, Any]]
+    approximate: list[dict[str, Any]]
+    classified: dict[str, int]
+    graph: dict[str, Any] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "schema": 1, "parasym": __version__, "model": self.model, "symmetries": [s.to_dict() for s in self.symmetries], "refuted": self.refuted,
+            "undecided": self.undecided, "approximate": self.approximate, "completeness": self.completeness.to_dict(), "classified": self.classified,
+            "collapse": self.collapse, "advice": self.advice, "graph": self.graph,
+        }
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page."""
+        from parasym.report.html import write_audit
+
+        write_audit(self.to_dict(), path)
+        return Path(path)
+
+    def __str__(self) -> str:
+        c = self.completeness
+        lines = [f"{self.model['name']}: {c.parameters:,} parameters, {len(self.symmetries)} certified symmetries"]
+        if c.explained is not None:
+            lines.append(f"nullity {c.nullity} (rank {c.rank}), explained {c.explained:.1%}; {c.method}")
+        width = max((len(s.where) for s in self.symmetries), default=0)
+        for s in self.symmetries:
+            lines.append(f"  {s.where:{min(width, 48)}}  {s.group:14} {s.dim:6}  {s.residual:.0e}  {s.name}")
+        for title, rows in (("refuted", self.refuted), ("undecided", self.undecided), ("approximate", self.approximate)):
+            lines += [f"  {title}: {r['name']} ({r['why']})" for r in rows[:20]]
+        lines += [f"  collapse: {r['where']}: {r['count']} of {r['of']} {r['kind']}" for r in self.collapse]
+        lines += [f"  advice: {r['where']}: {r['what']}" for r in self.advice]
+        return "\n".join(lines)
+
+
+class _WithLoss(nn.Module):
+    """A model followed by a function of its output, under the model's own parameter names."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.loss_fn(self.model(*args, **kwargs))
+
+
+def audit(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, inputs: Sequence[Sequence[Any]] | None = None,
+    loss_fn: Callable[..., Tensor] | None = None, completeness: Completeness = "auto", seed: int = 0, progress: Progress | None = None,
+) -> Audit:
+    """Find, certify and count every parameter symmetry of a model, and measure where its weights have collapsed.
+
+    Args:
+        model: any ``torch.nn.Module`` (or exported program); never changed.
+        args, kwargs: example arguments, the batch first.
+        inputs: list of argument tuples used for certificates and rank, exactly these; None: the given batch and freshly
+            drawn ones of the same kind (floats of its scale, tokens of the embedding's range) until the rank stops growing.
+        loss_fn: function of the model's output; adds the symmetries that only the loss has (level "loss"), such as the shift
+            of all logits under ``lambda y: y.log_softmax(-1)``.
+        completeness: "auto" counts on the model itself up to 1,500 parameters and on a small twin beyond; "exact" always on
+            the model itself; "none" skips the count of large models.
+        seed: of every random draw.
+        progress: called with (stage, fraction).
+
+    Raises:
+        InputError, TraceError, NonDeterministicError: what, where, and what to do.
+    """
+    tell = progress or (lambda stage, fraction: None)
+    generator = torch.Generator().manual_seed(seed)
+    tell("trace", 0.0)
+    with rng_state():
+        _check(model, args, kwargs)
+        graph = trace(model, args, kwargs)
+        batches = [flatten(graph, args, kwargs)] if inputs is None else [flatten(graph, tuple(i), kwargs if len(i) == len(args) else None) for i in inputs]
+        if not batches:
+            raise InputError("inputs is empty: give at least one tuple of arguments, or None to draw them.")
+        _check_weights(graph)
+        size = sum(p.numel() for p in graph.params.values())
+        if size > EXACT_PARAMETERS and completeness != "exact":
+            found = audit_full_size(model, args, kwargs, graph, batches, generator, tell)
+            symmetries, count = found.symmetries, Count(size, found.rank, found.nullity, found.explained, False, found.method, found.gap)
+            result, twin = found.search, found.twin
+        else:
+            result = search(graph, batches, generator, grow=inputs is None, level="train" if model.training else "function", progress=tell)
+            symmetries, twin = list(result.symmetries), None
+            explained = result.explained / result.null.nullity if result.null.nullity else 1.0
+            method = f"singular values of the Jacobian on {len(result.batches)} batches, cut at the gap"
+            count = Count(size, size - result.null.nullity, result.null.nullity, explained, True, method, result.null.gap)
+            tell("discrete", 0.0)
+            discrete, refuted, undecided = discrete_symmetries(graph, result.fresh, generator)
+            symmetries += discrete
+            result.refuted += refuted
+            result.undecided += undecided
+        if loss_fn is not None:
+            symmetries += _loss_level(model, loss_fn, args, kwargs, inputs, result, generator)
+        tell("collapse", 0.0)
+        entries = [e for e in result.entries if e is not None]
+        rows = collapse_of(graph, graph.params, batches, result.spaces, entries)
+        tell("report", 0.5)
+        described = {
+            "name": type(model).__name__, "parameters": size, "tensors": len(graph.params), "trace": graph.trace, "mode": "train" if getattr(model, "training", False) else "eval",
+            "seed": seed, "inputs": f"{len(result.batches)} batches" + ("" if inputs is None else ", as given"), "twin": twin,
+        }
+        return Audit(
+            described, symmetries, count, rows, advice_on(rows), result.refuted, result.undecided, result.approximate,
+            _classify(graph, symmetries, result), picture(graph, result.spaces, symmetries),
+        )
+
+
+def symmetries(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, seed: int = 0, progress: Progress | None = None) -> SymmetrySet:
+    """Discovery alone: the symmetries of the architecture, at parameters in general position.
+
+    Works on a model on the meta device: no weights are read. Arguments as :func:`audit`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tell = progress or (lambda stage, fraction: None)
+    with rng_state():
+        graph = trace(model, args, kwargs, values=False)
+        size = sum(p.numel() for p in graph.params.values())
+        if size > EXACT_PARAMETERS:
+            full = audit_full_size(model, args, kwargs, graph, None, generator, tell)
+            return SymmetrySet(tuple(full.symmetries), tuple(full.search.refuted), tuple(full.search.undecided), tuple(full.search.approximate))
+        from parasym.core.samples import generic_parameters
+
+        graph.params = generic_parameters(graph, generator)
+        batch = _concrete(graph, args, kwargs, generator)
+        found = search(graph, [batch], generator, progress=tell)
+        discrete, refuted, undecided = discrete_symmetries(graph, found.fresh, generator)
+        return SymmetrySet((*found.symmetries, *discrete), (*found.refuted, *refuted), (*found.undecided, *undecided), tuple(found.approximate))
+
+
+def _concrete(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any] | None, generator: torch.Generator) -> Batch:
+    """The example batch, drawn where it lies on the meta device."""
+    import torch.utils._pytree as pytree
+
+    leaves = [a for a in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(a, Tensor)]
+    if any(a.device.type == "meta" for a in leaves):
+        like = [torch.zeros(a.shape, dtype=torch.float64 if a.is_floating_point() else a.dtype) for a in leaves]
+        like = [torch.randn(a.shape, generator=generator, dtype=torch.float64) if a.is_floating_point() else a for a in like]
+        return draw(graph, like, generator)
+    return flatten(graph, args, kwargs)
+
+
+def _check(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
+    """Two evaluations must agree, and something must come out."""
+    if not isinstance(model, nn.Module):
+        if isinstance(model, torch.export.ExportedProgram):
+            return
+        raise InputError(f"parasym audits torch.nn.Module objects, got {type(model).__name__}. Pass the model itself, not its class, state_dict or function.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError("the model has no trainable parameters (all are frozen, or there are none). Set requires_grad on what you want audited.")
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise InputError("the model is on the meta device, so there are no weights to audit. Use parasym.symmetries(model, args), or load weights first.")
+    if not isinstance(args, (tuple, list)):
+        raise InputError(f"args must be a tuple of the model's arguments, got {type(args).__name__}; for one tensor write args=(x,).")
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return float_outputs(model(*args, **dict(kwargs or {})), type(model).__name__)
+
+    try:
+        with preserve(model):
+            check_deterministic(run, model=model)
+    except (TypeError, RuntimeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args)
+        raise InputError(f"{type(model).__name__} does not accept the example arguments ({shapes}): {type(error).__name__}: {str(error)[:300]}") from error
+
+
+def _check_weights(graph: Graph) -> None:
+    bad = {n: int((~torch.isfinite(p)).sum()) for n, p in graph.params.items() if p.numel() and not bool(torch.isfinite(p).all())}
+    if bad:
+        listed = ", ".join(f"{n} ({k})" for n, k in list(bad.items())[:5])
+        raise InputError(f"NaN or infinite weights in {len(bad)} tensors: {listed}. Load a checkpoint from before the run diverged.")
+
+
+def _loss_level(model: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None, inputs: Any, base: Search, generator: torch.Generator) -> list[Symmetry]:
+    """Symmetries of loss_fn(model) that the model itself does not have."""
+    from dataclasses import replace
+
+    wrapped = trace(_WithLoss(model, loss_fn), args, kwargs)
+    strip = {n: n.removeprefix("model.") for n in wrapped.params}
+    wrapped.params = {strip[n]: p for n, p in wrapped.params.items()}
+    wrapped.holders = {h: strip[n] for h, n in wrapped.holders.items()}
+    wrapped.aliases = {a.removeprefix("model."): strip[n] for a, n in wrapped.aliases.items()}
+    if sum(p.numel() for p in wrapped.params.values()) > EXACT_PARAMETERS:
+        return []
+    found = search(wrapped, base.batches, generator, grow=False, level="loss")
+    known = {(s.name, s.parameters, s.dim) for s in base.symmetries}
+    return [replace(s, level="loss") for s in found.symmetries if (s.name, s.parameters, s.dim) not in known]
+
+
+def _classify(graph: Graph, found: Sequence[Symmetry], result: Search) -> dict[str, int]:
+    """Numbers of parameters that some symmetry moves, that none moves, and that are undecided."""
+    moved = {p for s in found for p in s.parameters}
+    open_ = {p for r in result.undecided for p in r.get("parameters", ())} - moved
+    size = {n: p.numel() for n, p in graph.params.items()}
+    symmetric, undecided = sum(size[n] for n in moved if n in size), sum(size[n] for n in open_ if n in size)
+    return {"symmetric": symmetric, "rigid": sum(size.values()) - symmetric - undecided, "undecided": undecided}

@@ -1,0 +1,164 @@
+"""Families of a small twin, written down on the full model: the same terms on the full model's index spaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from parasym.core.errors import ParasymError
+from parasym.symmetry.dictionary import Copies, DictionaryAction, Entry, Place, Term, row_shape
+from parasym.symmetry.discover import rows_of
+from parasym.symmetry.places import atom_name, pair_place, place_at
+from parasym.symmetry.readers import frozen_norms
+from parasym.symmetry.spaces import Spaces
+
+Layer = tuple[int, ...]
+
+
+class WritingError(ParasymError):
+    """An entry of the twin has no counterpart on the full model; says which tensor differs."""
+
+
+class Writer:
+    """Writes entries of a twin on the full model.
+
+    Args:
+        full, twin: index spaces of the two graphs.
+        names: full parameter -> twin parameter.
+        layer_of: full parameter -> indices of the repeated layers it lies in.
+        constants: constants of the full graph (statistics of frozen norms), where their values are at hand.
+    """
+
+    def __init__(self, full: Spaces, twin: Spaces, names: Mapping[str, str], layer_of: Callable[[str], Layer], constants: Mapping[str, object]) -> None:
+        self.full, self.twin, self.layer_of, self.constants = full, twin, layer_of, constants
+        self.preimages: dict[str, list[str]] = {}
+        for f, t in names.items():
+            if f in full.graph.params:
+                self.preimages.setdefault(t, []).append(f)
+        self.frozen = {f.offset: f for f in frozen_norms(full.graph)}
+
+    def write(self, entry: Entry) -> list[Entry]:
+        """All counterparts of an entry: one for each layer where it is local, a single one where it runs through all."""
+        involved = _involved(entry)
+        missing = [p for p in involved if p not in self.preimages]
+        if missing:
+            raise WritingError(f"{missing[0]} of the twin has no counterpart in the full model")
+        layers = {self._twin_layer(p) for p in involved} - {()}
+        if len(layers) > 1 or all(len(self.preimages[p]) == 1 for p in involved):
+            return [self._entry(entry, {p: self.preimages[p] for p in involved})]
+        out = []
+        for layer in dict.fromkeys(self.layer_of(f) for p in involved if len(self.preimages[p]) > 1 for f in self.preimages[p]):
+            chosen = {p: [f for f in self.preimages[p] if self.layer_of(f) in (layer, ())] for p in involved}
+            if all(len(c) == 1 for c in chosen.values()):
+                out.append(self._entry(entry, chosen))
+        return out
+
+    def _twin_layer(self, name: str) -> Layer:
+        found = [self.layer_of(f) for f in self.preimages[name]]
+        return found[0] if found else ()
+
+    def _entry(self, entry: Entry, chosen: Mapping[str, Sequence[str]]) -> Entry:
+        atoms = self._atoms(chosen)
+        terms = []
+        for weight, term in entry.terms:
+            for f in chosen[term.place.parameter]:
+                terms.append((weight, self._term(term, f, entry.space, atoms, chosen)))
+        local = []
+        for name, _ in entry.copies.local:
+            number = atoms.get(name)
+            if number is None:
+                raise WritingError(f"index space {name} of the twin has no counterpart")
+            local.append((atom_name(number), self.full.atoms[number].size))
+        space, size = self._space(entry, atoms, terms)
+        return Entry(entry.algebra, space, size, Copies(tuple(local)), tuple(terms))
+
+    def _atoms(self, chosen: Mapping[str, Sequence[str]]) -> dict[str, int]:
+        """Twin index space -> atom of the full model, by position in the axes of the parameters involved."""
+        out: dict[str, int] = {}
+        for t, fulls in chosen.items():
+            for f in fulls:
+                for axis in range(self.twin.graph.params[t].dim()):
+                    small, large = self.twin.blocks(t, axis), self.full.blocks(f, axis)
+                    if [len(b.atoms) for b in small] != [len(b.atoms) for b in large]:
+                        continue
+                    for a, b in zip(small, large, strict=True):
+                        for x, y in zip(a.atoms, b.atoms, strict=True):
+                            out.setdefault(atom_name(x), y)
+        return out
+
+    def _space(self, entry: Entry, atoms: Mapping[str, int], terms: Sequence[tuple[float, Term]]) -> tuple[str, int]:
+        if entry.space in atoms:
+            return atom_name(atoms[entry.space]), self.full.atoms[atoms[entry.space]].size
+        if entry.space.startswith("pair:"):
+            number = atoms.get(atom_name(int(entry.space[5:])))
+            return f"pair:{number}", 2
+        return entry.space, terms[0][1].place.index.shape[0]
+
+    def _place(self, place: Place, f: str, space: str) -> Place:
+        params = self.full.graph.params
+        if place.axis >= params[f].dim():
+            raise WritingError(f"{f} has another number of axes than its twin")
+        if place.branch == ():
+            n = params[f].shape[place.axis]
+            index = torch.arange(n)
+            return Place(f, place.axis, (), index[None, :] if place.index.shape[0] == 1 and place.index.shape[1] > 1 or space == "" else index[:, None], {}, n)
+        if place.branch == (-1,):
+            n = params[f].shape[place.axis]
+            return Place(f, place.axis, (-1,), torch.arange(n)[:, None], {}, n)
+        small, large = self.twin.blocks(place.parameter, place.axis), self.full.blocks(f, place.axis)
+        if len(small) != len(large):
+            raise WritingError(f"axis {place.axis} of {f} is made of {len(large)} parts, its twin's of {len(small)}")
+        slot = place.branch[0]
+        if space.startswith("pair:"):
+            return pair_place(self.full, f, place.axis, slot)
+        position = small[slot].atoms.index(int(space[1:]))
+        if len(small[slot].atoms) != len(large[slot].atoms):
+            raise WritingError(f"part {slot} of axis {place.axis} of {f} is another product than its twin's")
+        return place_at(self.full, f, place.axis, slot, large[slot].atoms[position])
+
+    def _beside(self, place: Place, f: str, chosen: Mapping[str, Sequence[str]], space: str) -> Place:
+        """The counterpart of a gain, offset or bias in the same layer as the weight it belongs to."""
+        options = chosen.get(place.parameter, self.preimages.get(place.parameter, []))
+        layer = self.layer_of(f)
+        best = [o for o in options if self.layer_of(o) == layer] or [o for o in options if self.layer_of(o) == ()] or list(options)
+        if not best:
+            raise WritingError(f"{place.parameter} of the twin has no counterpart")
+        return self._place(place, best[0], space if place.branch else "whole")
+
+    def _term(self, term: Term, f: str, space: str, atoms: Mapping[str, int], chosen: Mapping[str, Sequence[str]]) -> Term:
+        place = self._place(term.place, f, space)
+        gain = self._beside(term.gain, f, chosen, space) if term.gain else None
+        offset = self._beside(term.offset, f, chosen, space) if term.offset else None
+        target = self._beside(term.target, f, chosen, space) if term.target else None
+        rows = None
+        if term.rows_at is not None:
+            other, slot = term.rows_at
+            blocks = self.full.blocks(f, other)
+            rows = rows_of(self.full.graph.params[f].shape, place.axis, place_at(self.full, f, other, slot, blocks[slot].atoms[0]))
+        factor = self._factor(f, term.op) if term.factor is not None else None
+        return replace(term, place=place, gain=gain, offset=offset, target=target, rows=rows, factor=factor)
+
+    def _factor(self, f: str, op: str) -> Tensor | None:
+        norm = self.frozen.get(f)
+        mean, scale = (self.constants.get(norm.mean), self.constants.get(norm.scale)) if norm else (None, None)
+        if not isinstance(mean, Tensor) or not isinstance(scale, Tensor):
+            return torch.ones(self.full.graph.params[f].shape, dtype=torch.float64)
+        return (scale * mean if op == "recentre" else scale).reshape(-1)
+
+
+def _involved(entry: Entry) -> list[str]:
+    names: dict[str, None] = {}
+    for _, t in entry.terms:
+        for place in (t.place, t.gain, t.offset, t.target):
+            if place is not None:
+                names[place.parameter] = None
+    return list(names)
+
+
+def action_of(entry: Entry, params: Mapping[str, Tensor]) -> DictionaryAction:
+    """The action of a written entry."""
+    rows = row_shape(entry.terms[0][1], params) if entry.algebra in ("row", "free") else 0
+    return DictionaryAction(entry, rows)
