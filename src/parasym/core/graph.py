@@ -24,7 +24,7 @@ from parasym.core.guards import math_attention, preserve
 
 aten = torch.ops.aten
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
-_RECURRENT = ("aten.lstm.", "aten.gru.", "aten.rnn_tanh.", "aten.rnn_relu.")
+_RECURRENT = ("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")  # layers and cells
 _SKIP = (aten._assert_tensor_metadata.default, aten.sym_constrain_range_for_size.default)
 
 

@@ -852,7 +852,7 @@ ENTRY = Entry(
     ),
     presets={
         "smoke": Config(
-            mirror=MirrorConfig(points=40),
+            mirror=MirrorConfig(points=20, samples=4, nodes=24),
             noise=replace(NOISE, chains=500, steps=3000),
             plasticity=None,
         ),

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 
 from parasym.core.errors import MissingExtraError
+from parasym.core.graph import trace
+from parasym.core.guards import rng_state
+from parasym.core.samples import flatten as flatten_inputs
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
 from parasym.gallery.drawings import agreement, curves
 from parasym.gallery.ensemble import Ensemble, plain
@@ -37,6 +40,7 @@ from parasym.measure.identities import (
     sharpness_lower_bound,
     unflatten,
 )
+from parasym.symmetry.search import search
 from parasym.symmetry.symmetry import Params, Symmetry
 
 SLUG = "equivariance-toolbox"
@@ -347,7 +351,7 @@ def _flat_directions(config: NetConfig, nets: Sequence[Net]) -> list[Check]:
     size = sum(value.numel() for value in nets[0].params.values())
     return [
         match(
-            "rank of the Jacobian = N - dim of the orbit - what units seen by fewer samples than inputs lose",
+            "rank of the Jacobian = N - dim of the orbit - what these samples do not see",
             [size - row["orbit"] - row["unseen"] for row in rows],
             [row["rank"] for row in rows],
             0.0,
@@ -400,10 +404,18 @@ def _null_numbers(config: NetConfig, item: Net) -> dict[str, float]:
 
 
 def _unseen(config: NetConfig, item: Net) -> float:
-    """Null directions at these weights only: a ReLU unit active on a < inputs samples loses inputs - a, a dead one all but its orbit."""
-    active = (item.x @ item.params["W"].T > 0).sum(0)
-    alive = (config.inputs - active).clamp_min(0)
-    return float(torch.where(active > 0, alive, config.inputs + config.outputs - 1).sum()) if config.activation == "relu" else 0.0
+    """Null directions of a ReLU network at these weights and samples only.
+
+    A unit active on a < inputs samples loses inputs - a, a dead one all but its orbit; m units that switch together on every
+    sample form a linear layer, whose GL(m) has m (m - 1) directions besides the rescalings.
+    """
+    if config.activation != "relu":
+        return 0.0
+    pattern = item.x @ item.params["W"].T > 0
+    active = pattern.sum(0)
+    few = torch.where(active > 0, (config.inputs - active).clamp_min(0), config.inputs + config.outputs - 1).sum()
+    together = torch.unique(pattern[:, active > 0], dim=1, return_counts=True)[1]
+    return float(few + (together * (together - 1)).sum())
 
 
 def _curvature_along(config: NetConfig, item: Net) -> float:
@@ -925,6 +937,7 @@ def _small_transformer() -> tuple[nn.Module, Tensor]:
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=0,
+        use_cache=False,
         attn_implementation="eager",
     )
     return GPT2LMHeadModel(config), torch.randint(7, (4, 5))
@@ -956,6 +969,17 @@ def _network_loss(model: nn.Module, x: Tensor, seed: int) -> Callable[[Params], 
     return lambda params: 0.5 * (outputs(params) - y).square().mean()
 
 
+def find_symmetries(model: nn.Module, x: Tensor, seed: int) -> list[Symmetry]:
+    """The continuous symmetries discovery certifies at these weights."""
+    with rng_state():
+        graph = trace(model, (x,))
+        return [
+            symmetry
+            for symmetry in search(graph, [flatten_inputs(graph, (x,))], torch.Generator().manual_seed(seed)).symmetries
+            if symmetry.dim
+        ]
+
+
 def of_symmetries(
     found: Sequence[Symmetry], loss: Callable[[Params], Tensor], params: Params, config: DiscoveredConfig
 ) -> list[tuple[float, float]]:
@@ -972,15 +996,13 @@ def of_symmetries(
 
 def discovered(config: DiscoveredConfig) -> Part:
     """R1, R2 on the symmetries discovery finds by itself in a convolutional network and in a transformer."""
-    import parasym
-
     checks: list[Check] = []
     for name in config.networks:
         rows, counts, random = [], [], []
         for seed in config.seeds:
             model, x = network(name, seed)
             loss, params = _network_loss(model, x, seed), {key: value.detach() for key, value in model.named_parameters()}
-            found = [symmetry for symmetry in parasym.symmetries(model, (x,)) if symmetry.dim]
+            found = find_symmetries(model, x, seed)
             tried = of_symmetries(found, loss, params, config)
             rows.append(tuple(max(row[order] for row in tried) for order in (0, 1)))
             counts.append(len(found))
@@ -1030,11 +1052,12 @@ ENTRY = Entry(
         "A discrete symmetry gives a force towards its mirror: an averaged Hessian times the distance.",
     ),
     presets={
-        "smoke": Config(),
+        "smoke": Config(discovered=DiscoveredConfig(networks=("convolutional",), seeds=(0,))),
         "default": Config(
             continuous=NetConfig(seeds=tuple(range(6))),
             curvature=CurvatureConfig(seeds=tuple(range(5))),
             training=TrainingConfig(channels=(8, 16, 16), steps=60),
+            discovered=DiscoveredConfig(seeds=(0,)),
         ),
         "full": Config(
             continuous=NetConfig(seeds=tuple(range(20))),

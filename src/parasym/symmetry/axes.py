@@ -30,7 +30,7 @@ class Axis:
         a = find(self)
         if a.kind == "atom":
             return f"{'#' if a.frozen else ''}{a.size}"
-        return "(" + ("*" if a.kind == "prod" else "+").join(map(repr, a.parts)) + ")"
+        return "(" + ("*".join(map(repr, factors(a))) if a.kind == "prod" else "+".join(map(repr, segments(a)))) + ")"
 
 
 def find(a: Axis) -> Axis:
@@ -38,8 +38,11 @@ def find(a: Axis) -> Axis:
     root = a
     while root.up is not None:
         root = root.up
-    while a.up is not None:
-        a.up, a = root if a is not root else None, a.up
+    while a is not root:
+        following = a.up
+        a.up = root
+        assert following is not None
+        a = following
     return root
 
 
@@ -71,14 +74,23 @@ def concatenation(parts: Iterable[Axis]) -> Axis:
 
 def factors(a: Axis) -> list[Axis]:
     """Row-major factors, none of them a product."""
-    r = find(a)
-    return [f for p in r.parts for f in factors(p)] if r.kind == "prod" else [r]
+    return _parts(a, "prod")
 
 
 def segments(a: Axis) -> list[Axis]:
     """Segments end to end, none of them a concatenation."""
-    r = find(a)
-    return [s for p in r.parts for s in segments(p)] if r.kind == "sum" else [r]
+    return _parts(a, "sum")
+
+
+def _parts(a: Axis, kind: Kind) -> list[Axis]:
+    stack, out = [a], []
+    while stack:
+        r = find(stack.pop())
+        if r.kind == kind:
+            stack.extend(reversed(r.parts))
+        else:
+            out.append(r)
+    return out
 
 
 def unify(a: Axis, b: Axis) -> None:

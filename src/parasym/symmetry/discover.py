@@ -59,7 +59,6 @@ class Discovery:
 
     def run(self) -> list[Found]:
         """All families, the narrowest kinds first; within a kind those with the most independent copies first."""
-        self._entries()
         for step in (self._free, self._rows):
             for space, places in self.places.items():
                 step(space, places)
@@ -70,6 +69,7 @@ class Discovery:
                     return self.found
                 step(space, self.places[space], local)
         self._uniform()
+        self._entries()
         return self.found
 
     # -- kinds of families ---------------------------------------------------------------------------------------------------

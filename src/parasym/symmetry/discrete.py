@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parasym.core.graph import Graph
+from parasym.core.graph import Graph, standardise
 from parasym.core.guards import math_attention
 from parasym.symmetry.discrete_actions import (
     Discrete,
@@ -26,6 +26,7 @@ from parasym.symmetry.discrete_actions import (
     Pairs,
     Permutations,
     Signs,
+    Units,
     equal_units,
     fixed_by,
     units_of,
@@ -39,7 +40,7 @@ from parasym.symmetry.symmetry import FixedSet, Params, Symmetry
 
 TOLERANCE = 1e-10
 _MOVED = 1e-6
-_BATCHES = 2
+_BATCHES, _MORE, _NUMBERS = 2, 12, 32
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Candidate:
     note: str = ""
     fallback: Candidate | None = field(default=None, repr=False)
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What it moves, without sizes: candidates of a twin and of the full model correspond by it."""
+        return self.action.key()
+
     def parameters(self, graph: Graph) -> tuple[str, ...]:
         return tuple(n for n in self.action.tensors if n in graph.params)
 
@@ -73,7 +79,7 @@ def discrete_symmetries(
 
     Args:
         graph: a traced model, with parameter values.
-        batches: data to certify on; the first two are used.
+        batches: data to certify on; the first two are used, more where a batch gives only a number or two.
         generator: random state of the certificates.
 
     Returns:
@@ -127,6 +133,9 @@ class Judge:
         self.graph, self.generator = graph, generator
         self.batches = [tuple(b) for b in batches[:_BATCHES]]
         self.envs = [graph.prepare(b) for b in self.batches]
+        while len(self.batches) < min(len(batches), _MORE) and self._numbers() < _NUMBERS:  # a loss: one number a batch
+            self.batches.append(tuple(batches[len(self.batches)]))
+            self.envs.append(graph.prepare(self.batches[-1]))
         draws: list[Params] = [perturbed(graph.params, generator, scale) for scale in (0.5, 0.1)]
         self.points = [p for p in (graph.params, *draws) if self._finite(p)][:2] or [graph.params]
         self.before = [self._outputs(p, self.envs) for p in self.points]
@@ -162,6 +171,9 @@ class Judge:
         with torch.no_grad(), math_attention():
             return [self.graph.replay(params, env) for env in envs]
 
+    def _numbers(self) -> int:
+        return sum(o.numel() for out in self._outputs(self.graph.params, self.envs) for o in out)
+
     def _finite(self, params: Params) -> bool:
         return all(bool(torch.isfinite(o).all()) for out in self._outputs(params, self.envs) for o in out)
 
@@ -184,8 +196,10 @@ def perturbed(params: Params, generator: torch.Generator | None, scale: float) -
 
 def _symmetry(graph: Graph, c: Candidate, residual: float) -> Symmetry:
     names = c.parameters(graph)
+    batchwise = any(n.target is standardise for n in graph.nodes)  # true of the function of a whole batch
     return Symmetry(
-        name=c.name, group=c.group, dim=0, kind="discrete", parameters=names, level="function", residual=residual, certified=True,
+        name=c.name, group=c.group, dim=0, kind="discrete", parameters=names,
+        level="train" if batchwise else "function", residual=residual, certified=True,
         action=c.action, where=common_path(names), order=c.action.order, fixed_set=c.fixed_set, note=c.note,
     )  # fmt: skip
 
@@ -222,21 +236,22 @@ def _permutations(graph: Graph, spaces: Spaces) -> list[Candidate]:
     out: list[Candidate] = []
     done: set[frozenset[int]] = set()
     for a in free:
-        mutual = [b for b in free if b is not a and b.number in a.parents and a.number in b.parents and len(b.places) == len(a.places)]
-        if mutual and _once_each(a, *mutual):
+        mutual = [spaces.atoms[p] for p in a.parents if a.number in spaces.atoms[p].parents and spaces.atoms[p].frozen is None]
+        if mutual and _side_by_side(a, *mutual):
             key = frozenset({a.number, *(b.number for b in mutual)})
             if key not in done:
                 done.add(key)
                 out.append(_pairs(graph, tuple(sorted((a, *mutual), key=lambda x: x.number))))
             continue
-        if _covered(a, children.get(a.number, [])):
-            continue
-        out.append(_permutation(graph, spaces, a))
+        inside = [c for c in children.get(a.number, []) if c.number not in a.parents]
+        if not _covered(a, inside):
+            out.append(_permutation(graph, spaces, a))
     return out
 
 
-def _once_each(*atoms: Atom) -> bool:
-    return all(len({p.tensor for p in a.places}) == len(a.places) for a in atoms) and len({frozenset(a.parameters) for a in atoms}) == 1
+def _side_by_side(*atoms: Atom) -> bool:
+    """Whether atoms occur equally often in the same tensors."""
+    return len({tuple(sorted(p.tensor for p in a.places)) for a in atoms}) == 1
 
 
 def _covered(a: Atom, children: Sequence[Atom]) -> bool:
@@ -245,7 +260,8 @@ def _covered(a: Atom, children: Sequence[Atom]) -> bool:
 
 
 def _permutation(graph: Graph, spaces: Spaces, a: Atom) -> Candidate:
-    action = Permutations(units_of(spaces, a))
+    plain = [p for p in a.parents if a.number not in spaces.atoms[p].parents]
+    action = Permutations(units_of(spaces, a, parents=plain))
     above = action.units.parents
     name = f"exchange of {a.size} units: {summary(a.parameters)}"
     note = _note(graph, action.tensors)
@@ -253,8 +269,8 @@ def _permutation(graph: Graph, spaces: Spaces, a: Atom) -> Candidate:
         return Candidate(name, f"S_{a.size}", action, equal_units(action), note)
     sets = action.units.sets
     name = f"exchange of {a.size} units in each of {sets} sets: {summary(a.parameters)}"
-    movable = [p for p in above if p.frozen is None and p.places]
-    if len(movable) != len(above):
+    movable = [p for p in above if p.frozen is None and p.places and not p.parents]
+    if len(movable) != len(above):  # sets that cannot be exchanged, or whose exchange is itself listed as a wreath product
         return Candidate(name, f"S_{a.size}^{sets}", action, equal_units(action), note)
     outer = tuple(Permutations(units_of(spaces, p)) for p in movable)
     top = outer[0].units.size if len(outer) == 1 else None
@@ -285,10 +301,26 @@ def _signs(graph: Graph, spaces: Spaces) -> list[Candidate]:
         if isinstance(s.action, Signs):
             u = s.action.units
             per = f"per unit ({u.size})" if u.sets == 1 else f"per unit ({u.size} in each of {u.sets} sets)"
-            out.append(Candidate(f"sign of {summary(names)}, {per}", _power("Z2", s.action.order), s.action, zero_units(s.action)))
+            name, group = f"sign of {summary(_parts(spaces, u))}, {per}", _power("Z2", s.action.order)
+            out.append(Candidate(name, group, s.action, zero_units(s.action), _note(graph, names)))
         else:
             out.append(Candidate(f"sign of {summary(names)}", "Z2", s.action, fixed_by(s.action, "everything negated is zero")))
     return out
+
+
+def _parts(spaces: Spaces, u: Units) -> tuple[str, ...]:
+    """The tensors of some places; of one that lists its units in several blocks, which blocks."""
+    where: dict[str, dict[int, list[int]]] = {}
+    for p in u.places:
+        where.setdefault(p.tensor, {}).setdefault(p.axis, []).append(p.slot)
+    out = []
+    for tensor, axes in where.items():
+        marks = []
+        for axis, slots in axes.items():
+            total = len(spaces.blocks(tensor, axis)) if tensor in spaces.graph.params else 1
+            marks += [f"axis {axis}, block {', '.join(str(s) for s in slots)} of {total}"] if len(slots) < total else []
+        out.append(tensor + (f" ({'; '.join(marks)})" if marks else ""))
+    return tuple(out)
 
 
 def _inversions(graph: Graph, spaces: Spaces) -> list[Candidate]:

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +37,13 @@ class Discrete(Protocol):
 
     def generators(self, params: Params) -> dict[str, Tensor]: ...
 
-    def tests(self, generator: torch.Generator | None) -> Iterator[Tensor]: ...
+    def tests(self, generator: torch.Generator | None) -> Iterator[Tensor]:
+        """Elements a certificate must try: generators spread over the group, and random elements."""
+        ...
+
+    def key(self) -> tuple[Any, ...]:
+        """What it moves, without sizes: the same for one architecture at any width."""
+        ...
 
 
 def grid(block: Monomial) -> Tensor:
@@ -76,6 +82,9 @@ class Units:
     def tensors(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(p.tensor for p in self.places))
 
+    def key(self) -> tuple[Any, ...]:
+        return tuple((p.tensor, p.axis, p.slot) for p in self.places)
+
     def indices(self, which: int) -> dict[int, int]:
         """Index of each parent for one set of units."""
         out = {}
@@ -100,14 +109,22 @@ class Units:
         for p in self.parents:
             if p.number in place.block.atoms:
                 continue
-            for other in self.around.get((place.tensor, p.number), ()):
-                if other.axis == place.axis:
-                    continue
-                row = torch.zeros(t.shape[other.axis], dtype=torch.bool)
-                row[other.positions(p.number)[at[p.number]]] = True
-                row = row.reshape([-1 if i == other.axis else 1 for i in range(t.dim())])
-                mask = row if mask is None else mask & row
+            other = self._companion(place, p)
+            if other is None:
+                continue
+            row = torch.zeros(t.shape[other.axis], dtype=torch.bool)
+            row[other.positions(p.number)[at[p.number]]] = True
+            row = row.reshape([-1 if i == other.axis else 1 for i in range(t.dim())])
+            mask = row if mask is None else mask & row
         return mask
+
+    def _companion(self, place: Place, parent: Atom) -> Place | None:
+        """The occurrence of a parent that goes with one occurrence of the atom: as many of both go in order, else the nearest."""
+        others = [q for q in self.around.get((place.tensor, parent.number), ()) if q.axis != place.axis]
+        mine = [p for p in self.atom.places if p.tensor == place.tensor]
+        if len(others) == len(mine):
+            return others[mine.index(place)]
+        return min(others, key=lambda q: abs(q.axis - place.axis), default=None)
 
 
 def units_of(spaces: Spaces, atom: Atom, places: Sequence[Place] | None = None, parents: Sequence[int] | None = None) -> Units:
@@ -155,23 +172,29 @@ class Permutations:
         still = torch.arange(self.units.size)
         rows = [s for s in range(self.units.sets) if not torch.equal(table[s], still)]
         out = {n: params[n] for n in self.tensors if n in params}
-        for s in rows:
-            at = self.units.indices(s)
-            for place in self.units.places:
-                if place.tensor in out:
-                    out[place.tensor] = self._move(out[place.tensor], place, table[s], at)
+        for place in self.units.places:
+            if place.tensor in out:
+                out[place.tensor] = self._move(out[place.tensor], place, {s: table[s] for s in rows})
         return out
 
-    def _move(self, t: Tensor, place: Place, order: Tensor, at: Mapping[int, int]) -> Tensor:
-        index = torch.arange(t.shape[place.axis])
-        old, dims = self.units.within(place, at)
-        new = old
-        for d in dims:
-            new = new.index_select(d, order)
-        index[old.reshape(-1)] = new.reshape(-1)
-        moved = t.index_select(place.axis, index.to(t.device))
-        mask = self.units.outside(t, place, at)
-        return moved if mask is None else torch.where(mask.to(t.device), moved, t)
+    def _move(self, t: Tensor, place: Place, orders: Mapping[int, Tensor]) -> Tensor:
+        """Reorder one axis; sets told apart on that axis go together, others are picked out by masks on other axes."""
+        together = torch.arange(t.shape[place.axis])
+        for s, order in orders.items():
+            at = self.units.indices(s)
+            mask = self.units.outside(t, place, at)
+            index = together if mask is None else torch.arange(t.shape[place.axis])
+            old, dims = self.units.within(place, at)
+            new = old
+            for d in dims:
+                new = new.index_select(d, order)
+            index[old.reshape(-1)] = new.reshape(-1)
+            if mask is not None:
+                t = torch.where(mask.to(t.device), t.index_select(place.axis, index.to(t.device)), t)
+        return t.index_select(place.axis, together.to(t.device))
+
+    def key(self) -> tuple[Any, ...]:
+        return ("exchange", *self.units.key())
 
     def generators(self, params: Params) -> dict[str, Tensor]:
         return {}
@@ -219,13 +242,23 @@ class Pairs:
         return {n: self._move(params[n], n, order.reshape(-1)) for n in self.tensors if n in params}
 
     def _move(self, t: Tensor, name: str, order: Tensor) -> Tensor:
-        places = [next(p for p in a.places if p.tensor == name) for a in self.atoms]
+        for places in zip(*([p for p in a.places if p.tensor == name] for a in self.atoms), strict=True):
+            t = self._once(t, places, order)
+        return t
+
+    def _once(self, t: Tensor, places: Sequence[Place], order: Tensor) -> Tensor:
+        """Exchange the units at one occurrence of the atoms."""
+        axes = [p.axis for p in places]
+        alone = [p.block.sizes == (t.shape[p.axis],) for p in places]
+        if all(alone) and len(set(axes)) == len(axes):
+            front = t.movedim(axes, list(range(len(axes))))
+            moved = front.reshape(self.size, -1).index_select(0, order.to(t.device))
+            return moved.reshape(front.shape).movedim(list(range(len(axes))), axes)
         flat = torch.arange(t.numel()).reshape(t.shape)
-        strides = [math.prod(t.shape[p.axis + 1 :]) for p in places]
-        per = [p.positions(a.number)[:, 0] * s for p, a, s in zip(places, self.atoms, strides, strict=True)]
-        offsets = torch.zeros([1] * len(per), dtype=torch.long)
-        for k, v in enumerate(per):
-            offsets = offsets + v.reshape([-1 if i == k else 1 for i in range(len(per))])
+        offsets = torch.zeros([1] * len(places), dtype=torch.long)
+        for k, (p, a) in enumerate(zip(places, self.atoms, strict=True)):
+            steps = p.positions(a.number)[:, 0] * math.prod(t.shape[p.axis + 1 :])
+            offsets = offsets + steps.reshape([-1 if i == k else 1 for i in range(len(places))])
         offsets = offsets.reshape(-1)
         shift = torch.zeros(t.numel(), dtype=torch.long)
         for unit in range(self.size):
@@ -235,7 +268,7 @@ class Pairs:
                 row[p.positions(a.number)[index]] = True
                 mask &= row.reshape([-1 if i == p.axis else 1 for i in range(t.dim())])
             shift[flat[mask]] = offsets[order[unit]] - offsets[unit]
-        return t.reshape(-1)[flat.reshape(-1) + shift].reshape(t.shape)
+        return t.reshape(-1)[(flat.reshape(-1) + shift).to(t.device)].reshape(t.shape)
 
     def _split(self, unit: int) -> list[int]:
         out: list[int] = []
@@ -243,6 +276,9 @@ class Pairs:
             unit, i = divmod(unit, a.size)
             out.insert(0, i)
         return out
+
+    def key(self) -> tuple[Any, ...]:
+        return ("exchange", *((p.tensor, p.axis, p.slot) for a in self.atoms for p in a.places))
 
     def generators(self, params: Params) -> dict[str, Tensor]:
         return {}
@@ -274,6 +310,9 @@ class Joint:
                 return p.act(params, torch.tensor(index))
             index -= p.order
         raise IndexError(f"the group has {self.order} generators, asked for {int(element)}")
+
+    def key(self) -> tuple[Any, ...]:
+        return ("joint", *(p.key() for p in self.parts))
 
     def generators(self, params: Params) -> dict[str, Tensor]:
         return {}
@@ -307,21 +346,28 @@ class Signs:
             bits[element] = True
         bits = bits.reshape(self.units.sets, self.units.size).bool()
         out = {n: params[n] for n in self.tensors if n in params}
-        for s in bits.any(1).nonzero()[:, 0].tolist():
-            at = self.units.indices(s)
-            for place in self.units.places:
-                if place.tensor in out:
-                    out[place.tensor] = self._flip(out[place.tensor], place, bits[s], at)
+        rows = bits.any(1).nonzero()[:, 0].tolist()
+        for place in self.units.places:
+            if place.tensor in out:
+                out[place.tensor] = self._flip(out[place.tensor], place, {s: bits[s] for s in rows})
         return out
 
-    def _flip(self, t: Tensor, place: Place, bits: Tensor, at: Mapping[int, int]) -> Tensor:
-        sign = torch.ones(t.shape[place.axis], dtype=t.dtype, device=t.device)
-        g, dims = self.units.within(place, at)
-        for d in dims:
-            sign[g.index_select(d, bits.nonzero()[:, 0]).reshape(-1)] *= -1
-        sign = sign.reshape([-1 if i == place.axis else 1 for i in range(t.dim())])
-        mask = self.units.outside(t, place, at)
-        return t * sign if mask is None else torch.where(mask.to(t.device), t * sign, t)
+    def _flip(self, t: Tensor, place: Place, rows: Mapping[int, Tensor]) -> Tensor:
+        shape = [-1 if i == place.axis else 1 for i in range(t.dim())]
+        together = torch.ones(t.shape[place.axis], dtype=t.dtype)
+        for s, bits in rows.items():
+            at = self.units.indices(s)
+            mask = self.units.outside(t, place, at)
+            sign = together if mask is None else torch.ones_like(together)
+            g, dims = self.units.within(place, at)
+            for d in dims:
+                sign[g.index_select(d, bits.nonzero()[:, 0]).reshape(-1)] *= -1
+            if mask is not None:
+                t = torch.where(mask.to(t.device), t * sign.reshape(shape).to(t.device), t)
+        return t * together.reshape(shape).to(t.device)
+
+    def key(self) -> tuple[Any, ...]:
+        return ("sign", *self.units.key())
 
     def generators(self, params: Params) -> dict[str, Tensor]:
         return {}
@@ -336,10 +382,12 @@ class GlobalSign:
     """Negation of whole parameters, or of whole blocks of an axis of theirs; one generator.
 
     Attributes:
-        slices: (parameter, axis, block), with axis None for all of the parameter.
+        slices: (parameter, axis, slot of a block), with None for all of the parameter.
+        blocks: the blocks, one for each slice.
     """
 
-    slices: tuple[tuple[str, int | None, Monomial | None], ...]
+    slices: tuple[tuple[str, int | None, int | None], ...]
+    blocks: tuple[Monomial | None, ...]
     dim: int = 0
     order: int = 1
 
@@ -349,7 +397,7 @@ class GlobalSign:
 
     def act(self, params: Params, element: Tensor) -> dict[str, Tensor]:
         out = {n: params[n] for n in self.tensors if n in params}
-        for name, axis, block in self.slices:
+        for (name, axis, _), block in zip(self.slices, self.blocks, strict=True):
             if name not in out:
                 continue
             t = out[name]
@@ -360,6 +408,9 @@ class GlobalSign:
             sign[grid(block).reshape(-1)] = -1
             out[name] = t * sign.reshape([-1 if i == axis else 1 for i in range(t.dim())])
         return out
+
+    def key(self) -> tuple[Any, ...]:
+        return ("sign of all", *self.slices)
 
     def generators(self, params: Params) -> dict[str, Tensor]:
         return {}
@@ -426,6 +477,9 @@ class Exchange:
         order = sorted(range(len(axes)), key=axes.__getitem__)
         bits = bits.permute(order)
         return bits.reshape([t.shape[i] if i in axes else 1 for i in range(t.dim())])
+
+    def key(self) -> tuple[Any, ...]:
+        return ("swap", *self.swaps, *(u.key() for u in self.inside))
 
     def generators(self, params: Params) -> dict[str, Tensor]:
         return {}
@@ -524,7 +578,8 @@ def fixed_by(action: Discrete, description: str) -> FixedSet:
             out.append(math.sqrt(gap / max(size, 1e-300)) / 2)
         return torch.tensor(out, dtype=torch.float64)
 
-    return FixedSet(description, distance, lambda params, k: _average(action, params, torch.tensor(k)), tuple(f"generator {k}" for k in range(action.order)))
+    labels = tuple(f"generator {k}" for k in range(action.order))
+    return FixedSet(description, distance, lambda params, k: _average(action, params, torch.tensor(k)), labels)
 
 
 def _average(action: Discrete, params: Params, element: Tensor) -> dict[str, Tensor]:

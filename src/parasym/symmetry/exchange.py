@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def exchanges(graph: Graph, spaces: Spaces) -> list[list[tuple[Exchange | Joint,
     chains: dict[Any, int] = {}
     budget = _VISITS
     for members in classes.values():
-        for a, b in zip(members, members[1:], strict=False):
+        for a, b in pairwise(members):
             if any({a, b} == {x, y} for e in found.values() for x, y in e.swaps):
                 continue
             budget -= 2 * _SWEEPS * len(coloured.nodes)
@@ -119,7 +120,8 @@ def _action(graph: Graph, spaces: Spaces, swap: Swap | None) -> Exchange | None:
         return None
     pairs = tuple((a, b) for a, b in to.items() if list(graph.params).index(a) < list(graph.params).index(b))
     for a, b in pairs:
-        if graph.params[a].shape != graph.params[b].shape or any(_order(spaces, a, b, i, swap.atoms) is not None for i in range(graph.params[a].dim())):
+        same = graph.params[a].shape == graph.params[b].shape
+        if not same or any(_order(spaces, a, b, i, swap.atoms) is not None for i in range(graph.params[a].dim())):
             return None
     reorder: dict[str, tuple[tuple[int, Tensor], ...]] = {}
     for name in graph.params:
@@ -157,7 +159,8 @@ class _Coloured:
         live = live_nodes(graph)
         self.inner = {n.name for n in graph.nodes if n.name in live and _inner(n)}
         self.nodes = [n for n in graph.nodes if n.name in live and n.name not in self.inner]
-        self.parameters = {graph.holders[n.name] for n in self.nodes if n.name in graph.holders}
+        used = {graph.holders[n.name] for n in self.nodes if n.name in graph.holders}
+        self.parameters = [name for name in graph.params if name in used]
         self.blocks = {n.name: self._node_blocks(n) for n in self.nodes}
         self.inputs = {n.name: _leaves(n, self.inner) for n in self.nodes}
         self.own = {n.name: self._own(n) for n in self.nodes}
@@ -173,30 +176,33 @@ class _Coloured:
     def _own(self, n: Node) -> int:
         name = _short(n)
         if n.op == "placeholder" or self.graph.kind.get(n.name) in ("const", "data"):
-            return hash(n.name) if n.name not in self.graph.holders else hash(tuple(self.graph.params[self.graph.holders[n.name]].shape))
-        constants = () if name in _PICKING else name if name in _COMMUTATIVE and not n.kwargs and _plain(n) else repr([a for a in n.args if not isinstance(a, (Node, list, tuple))])
+            holder = self.graph.holders.get(n.name)
+            return hash(n.name) if holder is None else hash(tuple(self.graph.params[holder].shape))
+        constants = repr([a for a in n.args if not isinstance(a, Node | list | tuple)])
+        if name in _PICKING or (name in _COMMUTATIVE and not n.kwargs and _plain(n)):
+            constants = ""
         return hash((str(n.target), constants, repr({k: v for k, v in n.kwargs.items() if not isinstance(v, Node)})))
 
     def _unit(self, n: Node) -> list[int]:
         """Atoms of size one that an operator picks or lines up."""
         name = _short(n)
+        args: Any = n.args
         try:
             if name == "select":
-                x, dim, index = n.args[:3]
-                axes = self.spaces.axes[x.name]  # type: ignore[union-attr]
-                return self._piece(axes[dim % len(axes)], index % axes[dim % len(axes)].size)  # type: ignore[operator]
-            if name == "getitem" and _short(n.args[0]) == "unbind":  # type: ignore[arg-type]
-                source = n.args[0]
-                axes = self.spaces.axes[source.args[0].name]  # type: ignore[union-attr]
-                dim = source.args[1] if len(source.args) > 1 else source.kwargs.get("dim", 0)  # type: ignore[union-attr]
-                return self._piece(axes[dim % len(axes)], n.args[1])  # type: ignore[operator, arg-type]
+                axis = self._axis(args[0], args[1])
+                return self._piece(axis, args[2] % axis.size)
+            if name == "getitem" and _short(args[0]) == "unbind":
+                source: Any = args[0]
+                return self._piece(self._axis(source.args[0], _dim_of(source)), args[1])
             if name == "stack":
-                axes = self.spaces.axes[n.name]
-                dim = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
-                return [a for i in range(len(n.args[0])) for a in self._piece(axes[dim % len(axes)], i)]  # type: ignore[arg-type, operator]
+                return [a for i in range(len(args[0])) for a in self._piece(self._axis(n, _dim_of(n)), i)]
         except (KeyError, TypeError, AttributeError, IndexError):
             return []
         return []
+
+    def _axis(self, n: Node, dim: int) -> Axis:
+        axes = self.spaces.axes[n.name]
+        return axes[dim % len(axes)]
 
     @staticmethod
     def _piece(axis: Axis, index: int) -> list[int]:
@@ -295,13 +301,19 @@ def _short(n: Node) -> str:
     return schema.name.split("::")[1] if schema is not None else getattr(n.target, "__name__", str(n.target))
 
 
+def _dim_of(n: Any) -> int:
+    return n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
+
+
 def _plain(n: Node) -> bool:
     return all(isinstance(a, Node) or a == 0 for a in n.args)
 
 
 def _inner(n: Node) -> bool:
     """Whether a sum (product) is only a term (factor) of another one: then order and brackets do not matter."""
-    if _short(n) not in ("add", "mul") or len(n.users) != 1 or n.kwargs or (_short(n) == "mul" and not all(isinstance(a, Node) for a in n.args)) or not _plain(n):
+    if _short(n) not in ("add", "mul") or len(n.users) != 1 or n.kwargs or not _plain(n):
+        return False
+    if _short(n) == "mul" and not all(isinstance(a, Node) for a in n.args):
         return False
     user = next(iter(n.users))
     return user.target is n.target and not user.kwargs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from torch.fx import Node
 
 from parasym.core.graph import Graph
 from parasym.core.guards import math_attention
-from parasym.symmetry.discrete_actions import GlobalSign, Signs, grid, units_of
-from parasym.symmetry.signs import WHOLE, Echelon, SignPass, global_sign, image, independent, places_of
+from parasym.symmetry.discrete_actions import GlobalSign, Signs, grid
+from parasym.symmetry.signs import WHOLE, Echelon, SignPass, global_sign, image, independent, unit_signs
 from parasym.symmetry.spaces import Place, Spaces, live_nodes
 from parasym.symmetry.symmetry import Params
 
@@ -112,6 +113,9 @@ class Inversion:
         new.view(-1)[index] = 1 / a.reshape(-1)[index]
         return new
 
+    def key(self) -> tuple[Any, ...]:
+        return ("inversion", self.slope, *self.signs.key())
+
     def generators(self, params: Params) -> dict[str, Tensor]:
         return {}
 
@@ -200,7 +204,7 @@ def _inversion(graph: Graph, spaces: Spaces, system: SignPass, operators: Mappin
         if found is None:
             return None
         readers += found
-    signs = global_sign(spaces, system, v) if key == WHOLE else Signs(units_of(spaces, spaces.atoms[key], places_of(spaces, system, v, key)))
+    signs: Signs | GlobalSign = global_sign(spaces, system, v) if key == WHOLE else unit_signs(spaces, system, v, key)
     unique = {(r.weight, r.axis): r for r in readers}
     return Inversion(signs, shift, name, tuple(unique.values()))
 
@@ -237,7 +241,8 @@ def _reader(graph: Graph, spaces: Spaces, u: Node, key: int, need_bias: bool) ->
         adds = [a for a in u.users if _short(a) == "add"]
         if len(adds) != 1 or len(u.users) != 1:
             return None
-        names = [p for p in graph.parameters_of(adds[0]) if graph.params[p].shape == (graph.params[graph.holders[weight.name]].shape[outs[0]],)]
+        rows = graph.params[graph.holders[weight.name]].shape[outs[0]]
+        names = [p for p in graph.parameters_of(adds[0]) if graph.params[p].shape == (rows,)]
         if len(names) != 1:
             return None
         bias = names[0]

@@ -58,7 +58,7 @@ class Search:
 
 
 def settle(graph: Graph, params: Mapping[str, Tensor], batches: list[Batch], flat: Flat, generator: torch.Generator, grow: bool) -> tuple[NullSpace, list[Batch]]:
-    """Null space on enough samples: batches are added until the rank has not grown for two doublings in a row."""
+    """Null space on enough samples: half as many again are added until the rank has not grown twice in a row."""
     R = triangular(graph, params, batches, flat)
     null = null_space(R, len(batches))
     if not grow:
@@ -66,7 +66,7 @@ def settle(graph: Graph, params: Mapping[str, Tensor], batches: list[Batch], fla
     outputs = sum(o.numel() for o in graph.replay(params, graph.prepare(batches[0])))
     still = 0
     while still < 2 and null.nullity and len(batches) < _MAX_BATCHES:
-        enough = max(len(batches), -(-2 * flat.size // max(outputs, 1)) - len(batches))
+        enough = max(-(-len(batches) // 2), -(-2 * flat.size // max(outputs, 1)) - len(batches))
         more = [draw(graph, batches[0], generator) for _ in range(min(enough, _MAX_BATCHES - len(batches)))]
         R = torch.cat([R, triangular(graph, params, more, flat)])
         R = torch.linalg.qr(R, mode="r").R if len(R) > flat.size else R
@@ -78,25 +78,26 @@ def settle(graph: Graph, params: Mapping[str, Tensor], batches: list[Batch], fla
 
 
 def search(
-    graph: Graph, batches: list[Batch], generator: torch.Generator, *, grow: bool = True, level: Level = "function", progress: Progress | None = None
+    graph: Graph, batches: list[Batch], generator: torch.Generator, *, grow: bool = True, general: bool = False, level: Level = "function", progress: Progress | None = None
 ) -> Search:
     """Find, certify and count every continuous symmetry of a small graph.
 
     Args:
         batches: inputs for rank and certificates.
         grow: draw more of the same kind until the rank is stable (False: exactly these).
+        general: the graph's parameters are in general position already.
     """
     tell = progress or (lambda stage, fraction: None)
     flat = flat_of(graph)
     tell("rank", 0.0)
     null, batches = settle(graph, graph.params, batches, flat, generator, grow)
     fresh = [draw(graph, batches[0], generator) for _ in range(2)] if grow else batches
-    general, generic = _general_position(graph, batches, flat, generator, null)
+    anywhere, generic = (graph.params, null) if general else _general_position(graph, batches, flat, generator, null)
     spaces = find_spaces(graph)
     out = Search(graph, spaces, batches, fresh, null, generic)
     places, constants = places_of(spaces), graph.prepare(batches[0])
     tell("families", 0.3)
-    structural = Discovery(graph, general, generic.basis, flat, places, constants, generator).run() if generic.nullity else []
+    structural = Discovery(graph, anywhere, generic.basis, flat, places, constants, generator).run() if generic.nullity else []
     here = Discovery(graph, graph.params, null.basis, flat, places, constants, generator)
     judge = Sampled.of(graph, fresh)
     tell("certificates", 0.5)

@@ -21,7 +21,7 @@ from parasym.core.graph import Graph
 from parasym.core.guards import math_attention
 from parasym.symmetry.axes import Axis, Monomial, find, monomials
 from parasym.symmetry.discrete_actions import GlobalSign, Signs, grid, units_of
-from parasym.symmetry.spaces import Contraction, Place, Spaces, live_nodes
+from parasym.symmetry.spaces import Contraction, Spaces, live_nodes
 
 WHOLE = -1  # key of negations of whole blocks or tensors
 _SLOT = tuple[int, int, int]  # axis, block, key; (-1, -1, WHOLE) is all of a tensor
@@ -30,7 +30,10 @@ _VARIABLE = tuple[str, int, int, int]
 _GROUP = list[tuple[int, _SLOT]]  # slots of the arguments that can only be negated together
 _RELATION = list[tuple[int, list[int]]]  # (set of groups, set of slots of each result)
 _GROUPS, _BLOCKS, _ELEMENTS = 5, 16, 4_000_000
-_CARRY = {"transpose", "t", "numpy_T", "mT", "permute", "unsqueeze", "squeeze", "expand", "contiguous", "clone", "to", "alias", "detach", "dropout"}
+_CARRY = {
+    "transpose", "t", "numpy_T", "mT", "permute", "unsqueeze", "squeeze", "expand", "contiguous", "clone", "to", "alias",
+    "detach", "dropout",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -195,8 +198,9 @@ class SignPass:
     def _operator(self, n: Node) -> Any:
         name = getattr(n.target, "__name__", str(n.target))
         if name == "getitem":
-            source = self.labels.get(n.args[0].name)  # type: ignore[union-attr]
-            return source[n.args[1]] if isinstance(source, list) else {}  # type: ignore[index]
+            args: Any = n.args
+            source = self.labels.get(args[0].name)
+            return source[args[1]] if isinstance(source, list) else {}
         inputs = [a for a in n.all_input_nodes if a.name in self.spaces.axes]
         for a in inputs:
             if isinstance(self.labels.get(a.name), dict):
@@ -399,9 +403,9 @@ class SignPass:
     def _signature(self, n: Node, inputs: list[Node], key: int, groups: Any, results: Any, targets: Any) -> Any:
         position = {a.name: i for i, a in enumerate(inputs)}
         args = torch.fx.node.map_arg((n.args, n.kwargs), lambda a: f"<{position.get(a.name, a.name)}>")
-        tensors = tuple(
-            (tuple(x.size for x in self.spaces.axes[a.name]), a.name in self.zero, a.name if a.name in self.spaces.constants else "") for a in inputs
-        )
+        known = [a.name if a.name in self.spaces.constants else "" for a in inputs]
+        shapes = [tuple(x.size for x in self.spaces.axes[a.name]) for a in inputs]
+        tensors = tuple((shape, a.name in self.zero, k) for shape, a, k in zip(shapes, inputs, known, strict=True))
 
         def layout(slot: _SLOT, axes: Sequence[Axis]) -> Any:
             if slot[0] == -1:
@@ -450,7 +454,7 @@ def _solutions(spaces: Spaces, system: SignPass) -> Iterator[SignSolution]:
                 if found:
                     images.setdefault(target, []).append(found)
         for v in basis:
-            yield SignSolution(Signs(units_of(spaces, spaces.atoms[key], places_of(spaces, system, v, key))))
+            yield SignSolution(unit_signs(spaces, system, v, key))
     for v in independent(bases.get(WHOLE, []), images.get(WHOLE, [])):
         yield SignSolution(global_sign(spaces, system, v))
 
@@ -458,7 +462,8 @@ def _solutions(spaces: Spaces, system: SignPass) -> Iterator[SignSolution]:
 def global_sign(spaces: Spaces, system: SignPass, v: int) -> GlobalSign:
     """The action of a solution for whole tensors and blocks."""
     chosen = [x for i, x in enumerate(system.variables[WHOLE]) if v >> i & 1]
-    return GlobalSign(tuple((t, None, None) if i == -1 else (t, i, spaces.blocks(t, i)[b]) for t, i, b, _ in chosen))
+    slices = tuple((t, None, None) if i == -1 else (t, i, b) for t, i, b, _ in chosen)
+    return GlobalSign(slices, tuple(None if i is None or b is None else spaces.blocks(t, i)[b] for t, i, b in slices))
 
 
 def independent(basis: Sequence[int], known: Sequence[int]) -> list[int]:
@@ -469,10 +474,10 @@ def independent(basis: Sequence[int], known: Sequence[int]) -> list[int]:
     return _sparse(out, used)
 
 
-def places_of(spaces: Spaces, system: SignPass, v: int, key: int) -> list[Place]:
-    """Where a solution negates the units of an atom."""
+def unit_signs(spaces: Spaces, system: SignPass, v: int, key: int) -> Signs:
+    """The action of a solution for the units of an atom."""
     wanted = {x[:3] for i, x in enumerate(system.variables[key]) if v >> i & 1}
-    return [p for p in spaces.atoms[key].places if (p.tensor, p.axis, p.slot) in wanted]
+    return Signs(units_of(spaces, spaces.atoms[key], [p for p in spaces.atoms[key].places if (p.tensor, p.axis, p.slot) in wanted]))
 
 
 def image(spaces: Spaces, system: SignPass, v: int, key: int, target: int) -> int:

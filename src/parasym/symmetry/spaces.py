@@ -213,8 +213,8 @@ class _Walk:
                 self.spaces.carriers += (n.name,)
                 return [Axis(s) for s in value.shape]
             return self._constant(n, value)
-        value = n.meta.get("val")
-        return [Axis(s, "model input") for s in value.shape] if isinstance(value, Tensor) else None
+        example = n.meta.get("val")
+        return [Axis(s, "model input") for s in example.shape] if isinstance(example, Tensor) else None
 
     def _constant(self, n: Node, value: Any) -> Axes | None:
         """Axes of a constant: free where it does not vary, shared where it is invariant under joint exchanges, else frozen."""
@@ -245,7 +245,7 @@ class _Walk:
         return self._opaque(n) if result is None else result
 
     def _constant_operator(self, n: Node) -> Any:
-        known = {}
+        known: dict[str, Any] = {}
         for a in n.all_input_nodes:
             if a.name not in self.spaces.constants:
                 return self._frozen(n, f"constant {n.name}")
@@ -254,8 +254,8 @@ class _Walk:
         if isinstance(val, Tensor) and val.numel() > _CONSTANT_ELEMENTS:
             return self._frozen(n, f"constant {n.name}")
         try:
-            value = self.graph._evaluate(n, known)
-        except Exception:
+            value: Any = self.graph._evaluate(n, known)
+        except Exception:  # not computable without a device or data: it may vary
             return self._frozen(n, f"constant {n.name}")
         if isinstance(value, (list, tuple)):
             self.spaces.constants[n.name] = value  # type: ignore[assignment]
@@ -285,7 +285,7 @@ class _Walk:
 
     def _number(self) -> None:
         numbered: list[Axis] = []
-        tensors: list[list[list[Axis]]] = []
+        tensors: list[Axes] = []
         for name, found in self.axes.items():
             for a in _flat(found):
                 for leaf in ax.leaves(a):
@@ -416,21 +416,33 @@ def _broadcast(tensors: Sequence[Axes]) -> Axes:
     return out
 
 
-@_rule("where", "__and__", "__or__", "__xor__", "lerp", "hardswish", "log_sigmoid", "clamp_min", "clamp_max", "rsub", "logical_and", "logical_or")
+@_rule("where", "__and__", "__or__", "__xor__", "lerp", "hardswish", "log_sigmoid", "clamp_min", "clamp_max", "logical_and", "logical_or")
 def _pointwise(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
     return _broadcast(_tensors(w, n))
 
 
 @_rule("dropout", "feature_dropout", "alpha_dropout", "bernoulli", "standardise", "instance_standardise",
-       "to", "_to_copy", "clone", "contiguous", "alias", "detach", "detach_", "lift_fresh", "lift_fresh_copy", "type_as", "float", "double",
-       "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_like")  # fmt: skip
+       "to", "_to_copy", "type_as", "clone", "contiguous", "alias", "detach", "detach_", "lift_fresh", "lift_fresh_copy")  # fmt: skip
 def _same(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
     x = w.axes[next(iter(n.all_input_nodes)).name]
     if n.target is standardise:
         w.hidden.append([x[1]])
     if n.target is instance_standardise:
         w.hidden.append(x[:2])
-    return [Axis(i.size) for i in x] if _name(n).endswith("_like") else list(x)
+    return list(x)
+
+
+@_rule("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+def _uniform(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes | None:
+    """Tensors that are the same everywhere, whatever they take their shape from."""
+    size = list(a["size"]) if "size" in a else [i.size for i in w.axes[a["self"].name]]
+    fill = 0.0 if "zeros" in _name(n) else 1.0 if "ones" in _name(n) else a.get("fill_value")
+    if not isinstance(fill, (int, float)):
+        return None
+    if math.prod(size) <= _CONSTANT_ELEMENTS:
+        dtype = torch.bool if n.meta["val"].dtype == torch.bool else torch.float64
+        w.spaces.constants[n.name] = torch.full(size, float(fill), dtype=torch.float64).to(dtype)
+    return [Axis(s) for s in size]
 
 
 @_rule("prelu")
@@ -444,7 +456,7 @@ def _prelu(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
 
 @_rule("weight_norm")
 def _weight_norm(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
-    v, g = w.axes[n.args[0].name], w.axes[n.args[1].name]  # type: ignore[union-attr]
+    v, g = (w.axes[x.name] for x in n.all_input_nodes)
     out = _broadcast([v, g])
     w.hidden.append(list(g))
     return out
@@ -459,7 +471,7 @@ def contract(w: _Walk, n: Node, operands: Sequence[tuple[Node, Labels]], out: La
     sizes_one: dict[Any, Axis] = {}
     clean: list[tuple[str, list[Any]]] = []
     for node, labels in operands:
-        used = []
+        used: list[Any] = []
         for axis, label in zip(w.axes[node.name], labels, strict=True):
             if axis.size == 1:
                 sizes_one[label] = axis
@@ -513,6 +525,53 @@ def _einsum(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes | None:
 
     labelled = [(t, expand(s, len(w.axes[t.name]) - len(s.replace("...", "")))) for t, s in zip(tensors, terms, strict=True)]
     return contract(w, n, labelled, expand(out, dots))
+
+
+@_rule("baddbmm")
+def _baddbmm(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
+    base, x, y = (w.axes[a[k].name] for k in ("self", "batch1", "batch2"))
+    unify(x[2], y[1])
+    unify(x[0], y[0])
+    return _broadcast([[x[0], x[1], y[2]], base])
+
+
+@_rule("bilinear")
+def _bilinear(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
+    x, y, weight = (w.axes[a[k].name] for k in ("input1", "input2", "weight"))
+    unify(x[-1], weight[1])
+    unify(y[-1], weight[2])
+    if isinstance(a.get("bias"), Node):
+        unify(weight[0], w.axes[a["bias"].name][0])
+    return [*_broadcast([x[:-1], y[:-1]]), weight[0]]
+
+
+@_rule("cosine_similarity")
+def _cosine(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
+    x = _broadcast([w.axes[a["x1"].name], w.axes[a["x2"].name]])
+    d = _dim(a["dim"], len(x))
+    return x[:d] + x[d + 1 :]
+
+
+@_rule("gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def _cell(w: _Walk, n: Node, a: Mapping[str, Any]) -> Any:
+    """Recurrent cells: every gate block of the rows, and the columns of the recurrent weight, carry the state."""
+    states = a["hx"] if isinstance(a["hx"], (list, tuple)) else [a["hx"]]
+    state = w.axes[states[0].name][-1]
+    for other in states[1:]:
+        unify(state, w.axes[other.name][-1])
+    unify(w.axes[a["input"].name][-1], w.axes[a["w_ih"].name][1])
+    unify(state, w.axes[a["w_hh"].name][1])
+    for key in ("w_ih", "w_hh", "b_ih", "b_hh"):
+        rest = w.axes[a[key].name][0] if isinstance(a.get(key), Node) else state
+        while rest.size > state.size:
+            head, rest = cut(rest, state.size)
+            unify(head, state)
+        unify(rest, state)
+    out = [w.axes[s.name] for s in states]
+    for x in out:
+        if len(x) > 1 and len(w.axes[a["input"].name]) > 1:
+            unify(x[0], w.axes[a["input"].name][0])
+    return [list(x) for x in out] if len(out) > 1 else list(out[0])
 
 
 @_rule("embedding")
@@ -888,14 +947,14 @@ def _select(w: _Walk, n: Node, a: Mapping[str, Any]) -> Axes:
     return x[:d] + x[d + 1 :]
 
 
-@_rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind")
+@_rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk", "tensor_split", "unbind")
 def _split(w: _Walk, n: Node, a: Mapping[str, Any]) -> Any:
     x = list(w.axes[a["self"].name])
     d = _dim(a.get("dim", 0), len(x))
     name, size = _name(n), x[d].size
     if name == "unbind":
         sizes = [1] * size
-    elif name == "chunk":
+    elif name in ("chunk", "unsafe_chunk"):
         each = -(-size // a["chunks"])
         sizes = [each] * (size // each) + ([size % each] if size % each else [])
     elif name == "tensor_split":

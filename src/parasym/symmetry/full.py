@@ -1,0 +1,167 @@
+"""Models too large for their own Jacobian: search a small twin of the same architecture, write the families at full size.
+
+Each family written down is certified on the full model by a finite element where its weights are at hand, and carries the
+twin's certificate where they are not. The count of null directions is the twin's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parasym.core.graph import Graph
+from parasym.core.samples import Batch
+from parasym.symmetry.certify import ACCEPT, relative_change
+from parasym.symmetry.dictionary import DictionaryAction, Entry, EntriesAction
+from parasym.symmetry.discrete import discrete_symmetries
+from parasym.symmetry.fibre import Sampled
+from parasym.symmetry.naming import group_of, name_of, where_of
+from parasym.symmetry.readers import readers
+from parasym.symmetry.search import Progress, Search, search
+from parasym.symmetry.spaces import Spaces, find_spaces
+from parasym.symmetry.symmetry import Symmetry
+from parasym.symmetry.tangent import NullSpace
+from parasym.symmetry.twin import Twin, find_twin
+from parasym.symmetry.write import Writer, WritingError, action_of
+
+
+@dataclass
+class FullSize:
+    """What was found on a large model.
+
+    Attributes:
+        symmetries: written at full size.
+        search: entries at full size, and what stayed open.
+        rank, nullity, explained, gap: of the twin; None without one.
+        method, twin: how, in words.
+    """
+
+    symmetries: list[Symmetry]
+    search: Search
+    rank: int | None
+    nullity: int | None
+    explained: float | None
+    method: str
+    twin: str | None
+    gap: tuple[float, float] | None = None
+
+
+def audit_full_size(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, graph: Graph, batches: list[Batch] | None, generator: torch.Generator, tell: Progress
+) -> FullSize:
+    """Search the twin, write at full size, certify.
+
+    Args:
+        batches: inputs of the full model for certificates; None: its weights are not at hand.
+    """
+    spaces = find_spaces(graph)
+    empty = torch.zeros(0, 0, dtype=torch.float64)
+    nothing = NullSpace(empty, torch.zeros(0, dtype=torch.float64), 0.0, 0)
+    out = Search(graph, spaces, batches or [], batches or [], nothing, nothing)
+    tell("twin", 0.0)
+    twin = find_twin(model, tuple(args), dict(kwargs or {}))
+    if twin is None:
+        why = "no small twin of this architecture could be made, so its symmetries were not searched: audit it with completeness='exact' (slow), or its blocks one by one"
+        out.undecided.append({"name": "whole model", "why": why, "parameters": list(graph.params), "dim": 0})
+        return FullSize([], out, None, None, None, "not counted: no twin", None)
+    small, batch = twin.graph, twin.data
+    level = "train" if getattr(model, "training", False) else "function"
+    found = search(small, [batch], generator, general=True, level=level, progress=tell)  # type: ignore[arg-type]
+    tell("writing", 0.0)
+    symmetries = _written(out, found, spaces, twin, batches, generator, level, tell)
+    symmetries += _dead(graph, symmetries)
+    tell("discrete", 0.0)
+    discrete, refuted, undecided = discrete_symmetries(small, found.fresh, generator)
+    symmetries += _discrete_at_full_size(discrete, twin, graph)
+    out.refuted += found.refuted + refuted
+    out.undecided += found.undecided + undecided
+    out.approximate += found.approximate
+    explained = found.explained / found.null.nullity if found.null.nullity else 1.0
+    method = f"counted on a twin ({twin.how}): {found.null.nullity} null directions of {found.null.basis.shape[0]} parameters"
+    return FullSize(symmetries, out, found.null.basis.shape[0] - found.null.nullity, found.null.nullity, explained, method, twin.how, found.null.gap)
+
+
+def _written(out: Search, found: Search, spaces: Spaces, twin: Twin, batches: list[Batch] | None, generator: torch.Generator, level: str, tell: Progress) -> list[Symmetry]:
+    graph = spaces.graph
+    constants = graph.prepare(batches[0]) if batches else {}
+    writer = Writer(spaces, found.spaces, twin.names, twin.layer_of, constants)
+    judge = Sampled.of(graph, batches[:1]) if batches else None
+    before = judge.outputs(graph.params) if judge else None
+    near = readers(graph)
+    symmetries: list[Symmetry] = []
+    for k, (s, entry) in enumerate(zip(found.symmetries, found.entries, strict=True)):
+        tell("writing", k / max(1, len(found.symmetries)))
+        if entry is None or s.kind in ("point", "blind"):
+            out.undecided.append({"name": s.name, "why": f"a family of {s.dim} directions of the twin without a closed form, so it is not written at full size", "parameters": [], "dim": s.dim})
+            continue
+        try:
+            entries = writer.write(entry)
+        except WritingError as error:
+            out.undecided.append({"name": s.name, "why": f"not written at full size: {error}", "parameters": [], "dim": s.dim})
+            continue
+        actions = [action_of(e, graph.params) for e in entries]
+        residual = s.residual if judge is None or before is None else _joint_residual(actions, judge, before, graph.params, generator)
+        if residual > ACCEPT:
+            out.refuted.append({"name": s.name, "why": f"holds on the twin, but a finite element changes the full model's outputs by {residual:.1e}", "parameters": [p for e in entries for p in e.parameters]})
+            continue
+        note = "certified on the full model by a finite element" if judge else "certificate of the twin"
+        for e, action in zip(entries, actions, strict=True):
+            dim = _dim(action, entry, s.dim)
+            symmetries.append(Symmetry(name_of(e, near), group_of(e, action.dim), dim, s.kind, e.parameters, level, residual, True, action, where_of(e.parameters), note=note))  # type: ignore[arg-type]
+            out.entries.append(e)
+    out.symmetries = symmetries
+    return symmetries
+
+
+def _joint_residual(actions: Sequence[DictionaryAction], judge: Sampled, before: Tensor, params: Mapping[str, Tensor], generator: torch.Generator) -> float:
+    """One finite element of every copy of a family at once, end to end on the full model."""
+    moved = dict(params)
+    for a in actions:
+        element = torch.randn(a.dim, generator=generator, dtype=torch.float64)
+        moved.update(a.act(moved, 0.5 * element / max(1.0, float(a.entry.size) ** 0.5)))
+    return relative_change(before, judge.outputs(moved))
+
+
+def _dim(action: DictionaryAction, entry: Entry, new: int) -> int:
+    """Dimension at full size: what overlaps with other families in the twin overlaps here, for each copy."""
+    from parasym.symmetry.dictionary import algebra_dim
+
+    if entry.algebra in ("row", "free"):
+        return action.dim
+    n = 1 if entry.algebra == "scale" else entry.size
+    overlap = entry.copies.count * algebra_dim(entry.algebra, n) - new
+    if overlap and entry.copies.count > 1 and overlap % entry.copies.count == 0:
+        overlap = overlap // entry.copies.count * action.entry.copies.count
+    return max(0, action.dim - overlap)
+
+
+def _dead(graph: Graph, found: Sequence[Symmetry]) -> list[Symmetry]:
+    """Whole parameters that no output depends on."""
+    known = {p for s in found for p in s.parameters}
+    out = []
+    for name in graph.dead:
+        if name not in known:
+            size = graph.params[name].numel()
+            action = EntriesAction({name: torch.arange(size)})
+            out.append(Symmetry("unread parameters (free)", f"R^{size}", size, "pure", (name,), "function", 0.0, True, action, where_of((name,)), note="no output depends on it in the traced graph"))
+    return out
+
+
+def _discrete_at_full_size(found: Sequence[Symmetry], twin: Twin, graph: Graph) -> list[Symmetry]:
+    """The twin's discrete groups, named on the full model's parameters."""
+    from dataclasses import replace
+
+    back: dict[str, list[str]] = {}
+    for f, t in twin.names.items():
+        if f in graph.params:
+            back.setdefault(t, []).append(f)
+    out = []
+    for s in found:
+        names = tuple(dict.fromkeys(f for p in s.parameters for f in back.get(p, [])))
+        if names:
+            out.append(replace(s, parameters=names, where=where_of(names), note="group of the twin: sizes are the twin's; " + s.note))
+    return out
