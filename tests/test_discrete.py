@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from known_answers import CASES, Case, fresh
 from parasym.core.graph import Graph, trace
 from parasym.symmetry.discrete import discrete_candidates, discrete_symmetries, perturbed
 from parasym.symmetry.symmetry import Symmetry
+from zoo import ZOO
 
 Want = tuple[str, tuple[str, ...]]  # group, parts of the names of parameters that must move
 H1, H2 = ("0.weight", "2.weight"), ("2.weight", "4.weight")
@@ -555,3 +558,26 @@ def test_candidates_of_a_large_model_take_seconds() -> None:
     groups = [c.group for c in discrete_candidates(graph)]
     assert time.perf_counter() - start < 30
     assert groups.count("S_25") == 12 and groups.count("S_6400") == 12 and groups.count("S_64 wr S_25") == 24
+
+
+# --- the zoo ---------------------------------------------------------------------------------------------------------
+
+ELSEWHERE = {  # predictions that are part of a larger group, or too generous
+    ("maxout", "S_2^5"): "part of S_2 wr S_5",
+    ("weight-norm-tanh", "Z2^8"): "Z2^5 and Z2^3",
+    ("conv-grouped", "S_9"): "outputs of a grouped convolution do not leave their group: S_3 wr S_3",
+}
+
+
+@pytest.mark.parametrize("name", [name for name, case in ZOO.items() if case.exports])
+def test_the_zoo_has_the_predicted_exchanges_and_nothing_is_refuted(name: str) -> None:
+    case = ZOO[name]
+    if not case.available:
+        pytest.skip(f"needs {', '.join(case.requires)}")
+    model, args, kwargs = case.build()
+    data = tuple(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    found, refuted, _ = discrete_symmetries(trace(model, args, kwargs), [data], torch.Generator().manual_seed(0))
+    assert refuted == [] and all(s.residual <= 1e-10 for s in found)
+    groups = {part.strip("()") for s in found for part in [s.group, *s.group.split(" wr ")]}
+    for group in re.findall(r"S_\d+ wr S_\d+|S_\d+\^\d+|S_\d+|Z2\^\d+", " ".join(case.expects.values())):
+        assert group in groups or (name, group) in ELSEWHERE, f"{group} is not among {sorted(groups)}"

@@ -147,12 +147,15 @@ def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
     if not isinstance(model, nn.Module):
         raise InputError(f"parasym audits torch.nn.Module objects (or exported programs), got {type(model).__name__}. Pass the model itself, not its class, state_dict or function.")
     kwargs = dict(kwargs or {})
+    if any(p.device.type == "meta" for p in model.parameters()):
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (tuple(args), kwargs))
     with preserve(model):
         program = _export(model, tuple(args), kwargs)
     shared: dict[int, str] = {}
     aliases = {name: shared.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
     frozen = {aliases[n] for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return _from_program(program, None, values, "torch.export", aliases, frozen)
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return _from_program(program, None, values, "torch.export", aliases, frozen, own)
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
@@ -184,7 +187,7 @@ def _first_line(error: BaseException) -> str:
 
 def _from_program(
     program: torch.export.ExportedProgram, names: Mapping[str, str] | None, values: bool, how: str,
-    aliases: dict[str, str] | None = None, frozen: set[str] | None = None,
+    aliases: dict[str, str] | None = None, frozen: set[str] | None = None, unused: Mapping[str, Tensor] | None = None,
 ) -> Graph:
     program = _functional(program)
     signature, module = program.graph_signature, copy.deepcopy(program.graph_module) if values else program.graph_module
@@ -236,6 +239,8 @@ def _from_program(
             if not p.is_floating_point() and not p.is_complex():
                 raise InputError(f"parameter {name} has dtype {p.dtype}: quantised or integer weights have no continuous symmetry. Audit the float model they came from.")
             params[name] = _lift(p, values)
+    for name, value in (unused or {}).items():
+        params.setdefault(name, _lift(value.detach(), values))
     live = _reaches(fx, outputs)
     dead = sorted({c for c in params if not any(h in live for h, x in holders.items() if x == c)})
     for n in reversed(list(fx.nodes)):
@@ -318,6 +323,8 @@ def _lift_casts(module: torch.fx.GraphModule) -> None:
             n.args, n.kwargs = pytree.tree_map(lift, n.args), pytree.tree_map(lift, dict(n.kwargs))
             if n.target is aten.view.default:
                 n.target = aten.reshape.default
+            if n.target is aten.embedding.default:  # padding_idx only zeroes a gradient; the function depends on the row
+                n.args = n.args[:2]
             if n.target in (aten.to.device, aten.to.dtype_layout, aten._to_copy.default):
                 dtype = n.kwargs.get("dtype") or next((a for a in n.args[1:] if isinstance(a, torch.dtype)), None)
                 n.target, n.kwargs = (aten.to.dtype, {}) if dtype is not None else (aten.clone.default, {})

@@ -11,9 +11,12 @@ _symmetry-catalog section 0 (charges of GL and rescaling), law-of-balance (balan
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,12 +42,16 @@ _EXACT = 10.0  # digits from which a removal counts as changing nothing; the bar
 _CHUNK = 1 << 22  # numbers handled at a time
 _KEEP = 1 << 26  # activations kept (in numbers) to re-evaluate only what a removal can change
 _MIN_SAMPLES = 16
-_CARRY = {
-    "reshape", "view", "_unsafe_view", "transpose", "permute", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "clone", "contiguous", "alias", "detach",
-    "to", "_to_copy", "dropout", "feature_dropout", "t", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "getitem", "cat", "stack", "lift_fresh_copy",
-    "mean", "sum", "amax", "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "constant_pad_nd", "pad", "upsample_nearest2d", "upsample_bilinear2d", "standardise", "instance_standardise",
-}  # fmt: skip
+_CARRY = frozenset(
+    {
+        "_to_copy", "_unsafe_view", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "alias",
+        "amax", "avg_pool1d", "avg_pool2d", "avg_pool3d", "cat", "chunk", "clone", "constant_pad_nd", "contiguous", "detach", "dropout",
+        "expand", "feature_dropout", "flatten", "getitem", "instance_standardise", "lift_fresh_copy", "max_pool1d", "max_pool2d",
+        "max_pool2d_with_indices", "max_pool3d", "mean", "pad", "permute", "reshape", "select", "slice", "split", "split_with_sizes",
+        "squeeze", "stack", "standardise", "sum", "t", "to", "transpose", "unbind", "unflatten", "unsqueeze", "upsample_bilinear2d",
+        "upsample_nearest2d", "view",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,16 @@ class Thresholds:
 
 
 def collapse(
-    graph: Graph, params: Params, batches: Sequence[Batch], spaces: Spaces, entries: Sequence[Entry], *, thresholds: Thresholds | None = None,
-    seed: int = 0, checks: int = 2, r7: tuple[float, float] | None = None,
+    graph: Graph,
+    params: Params,
+    batches: Sequence[Batch],
+    spaces: Spaces,
+    entries: Sequence[Entry],
+    *,
+    thresholds: Thresholds | None = None,
+    seed: int = 0,
+    checks: int = 2,
+    r7: tuple[float, float] | None = None,
 ) -> list[Row]:
     """Measure every collapsed state of a model on given data.
 
@@ -94,7 +109,8 @@ def collapse(
 
     Returns:
         Rows of the audit's "collapse" table, with more keys: ``parameters`` (names the finding is about), ``axis`` (of the first of them
-        along which unit j is entry j, or None) and, for dead units, ``margin`` (shift of the pre-activation, in its own standard deviations, that makes the unit vary again; None: none found).
+        along which unit j is entry j, or None) and, for dead units, ``margin`` (shift of the pre-activation, in its own standard
+        deviations, that makes the unit vary again; None: none found).
         ``distance`` lists one figure for each listed unit; where more than 64 units are meant, five quantiles (``quantiles`` True).
     """
     t = thresholds or Thresholds()
@@ -109,11 +125,12 @@ def collapse(
         fresh = [draw(graph, batches[i % len(batches)], generator) for i in range(checks)]
         _observe(runner, params, batches, layers)
         judge = _Judge(runner, params, batches[:checks], fresh)
+        _observe_fresh(judge, layers)
         read = params.__getitem__
         rows = _norms(graph, params, spaces, judge, t)
         gone = {(r["_node"], u) for r in rows for u in r["_all"]}
         for layer in layers:
-            rows += _layer_rows(layer, params, judge, spaces, t, gone)
+            rows += _layer_rows(layer, params, judge, t, gone)
         rows += _linear_rows([*entries, *_factors(spaces, layers, entries)], read, judge, t)
         rows += _imbalance(entries, read, t)
         rows += _tables(graph, read, judge, batches, t)
@@ -123,7 +140,9 @@ def collapse(
     return [_public(r) for r in rows]
 
 
-def weight_collapse(entries: Sequence[Entry], read: Read, spaces: Spaces | None = None, *, thresholds: Thresholds | None = None) -> list[Row]:
+def weight_collapse(
+    entries: Sequence[Entry], read: Read, spaces: Spaces | None = None, *, thresholds: Thresholds | None = None
+) -> list[Row]:
     """What weights alone say: duplicates, zero units, rank deficits, dead heads, imbalance. No forward pass.
 
     Args:
@@ -141,16 +160,20 @@ def weight_collapse(entries: Sequence[Entry], read: Read, spaces: Spaces | None 
     with torch.no_grad():
         covered: set[str] = set()
         layers = find_layers(spaces.graph, spaces) if spaces is not None else []
+        scales = [e for e in entries if e.algebra == "scale" and e.copies.local == ((e.space, e.size),) and e.size > 1]
         for layer in layers:
             blocks = _raw_blocks(layer, read)
             if blocks is not None:
-                covered |= {r.weight for r in layer.writers}
-                rows += _weight_rows(layer.where, layer.size, blocks, layer.parameters, t)
-        for e in entries:
-            if e.algebra == "scale" and (e.space, e.size) in e.copies.local and e.size > 1 and not covered.intersection(e.parameters):
+                covered |= set(layer.parameters)
+                blocks = _rescaled(
+                    layer, blocks, next((e for e in scales if e.size == layer.size and set(e.parameters) <= set(layer.parameters)), None)
+                )
+                rows += _weight_rows(layer.where, blocks, layer.parameters, t)
+        for e in scales:
+            if not covered.intersection(e.parameters):
                 found = _scale_blocks(e, read)
                 if found is not None:
-                    rows += _weight_rows(_common(e.parameters), found.count, found, e.parameters, t)
+                    rows += _weight_rows(_common(e.parameters), found, e.parameters, t)
         factors = _factors(spaces, layers, entries) if spaces is not None else []
         rows += _linear_rows([*entries, *factors], read, None, t)
         rows += _imbalance(entries, read, t)
@@ -162,14 +185,45 @@ def weight_collapse(entries: Sequence[Entry], read: Read, spaces: Spaces | None 
 # -- rows ----------------------------------------------------------------------------------------------------------------------
 
 
-def _row(kind: str, where: str, units: Sequence[int], of: int, distance: Sequence[float | None] | None, lost: int, note: str, parameters: Sequence[str], **more: Any) -> Row:
+def _row(
+    kind: str,
+    where: str,
+    units: Sequence[int],
+    of: int,
+    distance: Sequence[float | None] | None,
+    lost: int,
+    note: str,
+    parameters: Sequence[str],
+    **more: Any,
+) -> Row:
     listed = list(units)[:_LISTED]
     spread = distance is not None and len(units) > _LISTED
     figures: list[float | None] | None = None if distance is None else _quantiles(distance) if spread else list(distance)
     return {
-        "symmetry": None, "where": where, "kind": kind, "count": len(units), "of": of, "units": listed, "distance": figures, "quantiles": spread,
-        "parameters_lost": int(lost), "removable": False, "digits": None, "note": note, "parameters": list(parameters), "axis": None, "_all": list(units), "_node": "", **more,
+        "symmetry": None,
+        "where": where,
+        "kind": kind,
+        "count": len(units),
+        "of": of,
+        "units": listed,
+        "distance": figures,
+        "quantiles": spread,
+        "parameters_lost": int(lost),
+        "removable": False,
+        "digits": None,
+        "note": note,
+        "parameters": list(parameters),
+        "axis": None,
+        "_all": list(units),
+        "_node": "",
+        **more,
     }
+
+
+def _exact_first(units: Sequence[int], distance: Tensor) -> list[list[int]]:
+    """Units that sit on the collapsed state to machine precision, and those that are near it: what holds for the first may not for both."""
+    exact = [j for j in units if float(distance[j]) <= 1e-12]
+    return [part for part in (exact, [j for j in units if j not in set(exact)]) if part]
 
 
 def _public(row: Row) -> Row:
@@ -191,14 +245,15 @@ def _judged(row: Row, figures: tuple[float, float], what: str) -> Row:
 
 
 def _common(names: Iterable[str]) -> str:
-    """Module path that parameters share."""
+    """Module path that parameters share; where they share none, that of the first."""
     paths = [n.split(".")[:-1] for n in names]
+    first = ".".join(paths[0]) if paths else ""
     out = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1:
             break
         out.append(parts[0])
-    return ".".join(out)
+    return ".".join(out) or first
 
 
 # -- running the graph ---------------------------------------------------------------------------------------------------------
@@ -233,8 +288,14 @@ class _Runner:
         return out
 
     def run(
-        self, params: Params, env: Mapping[str, Any], watch: Sequence[Watch] = (), swap: Swap | None = None,
-        base: Mapping[str, Any] | None = None, dirty: set[str] | None = None, keep: bool = False,
+        self,
+        params: Params,
+        env: Mapping[str, Any],
+        watch: Sequence[Watch] = (),
+        swap: Swap | None = None,
+        base: Mapping[str, Any] | None = None,
+        dirty: set[str] | None = None,
+        keep: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Outputs, flattened and concatenated, and (with ``keep``) every value.
 
@@ -243,28 +304,30 @@ class _Runner:
             swap: node -> (other nodes needed, what to put in the place of its value).
             base, dirty: values of an earlier run and the nodes that must be evaluated again.
         """
-        last, due = dict(self.last), {}
+        last = dict(self.last)
+        due: dict[int, list[Callable[[Mapping[str, Any]], None]]] = {}
         for names, call in watch:
             at = max(self.place[n] for n in names)
             due.setdefault(at, []).append(call)
             for n in names:
                 last[n] = max(last[n], at)
-        for n, (needs, _) in (swap or {}).items():
-            last |= {a: max(last[a], self.place[n]) for a in needs}
-        for n in self.graph.outputs:
-            last[n] = len(self.order)
+        for name, (needs, _) in (swap or {}).items():
+            last |= {a: max(last[a], self.place[name]) for a in needs}
+        for name in self.graph.outputs:
+            last[name] = len(self.order)
         release: dict[int, list[str]] = {}
-        for n in self.active:
-            release.setdefault(last[n], []).append(n)
+        for name in self.active:
+            release.setdefault(last[name], []).append(name)
         live: dict[str, Any] = dict(env)
         for holder, name in self.graph.holders.items():
             live[holder] = params[name]
-        for i, n in enumerate(self.order):
-            if n.name not in live:
-                clean = base is not None and dirty is not None and n.name not in dirty and n.name in base
-                live[n.name] = base[n.name] if clean else self.graph._evaluate(n, live)  # type: ignore[index]
-            if swap and n.name in swap:
-                live[n.name] = swap[n.name][1](live)
+        old = base if base is not None and dirty is not None else {}
+        for i, node in enumerate(self.order):
+            if node.name not in live:
+                clean = node.name in old and node.name not in (dirty or ())
+                live[node.name] = old[node.name] if clean else self.graph._evaluate(node, live)
+            if swap and node.name in swap:
+                live[node.name] = swap[node.name][1](live)
             for call in due.get(i, ()):
                 call(live)
             if not keep:
@@ -285,9 +348,9 @@ class _Judge:
             out, values = runner.run(params, env, keep=i < room)
             self.cases.append((i < len(given), env, values if i < room else None, out))
 
-    def look(self, watch: Sequence[Watch]) -> None:
-        """Show activations of the first given batch."""
-        _, env, values, _ = self.cases[0]
+    def look(self, watch: Sequence[Watch], case: int = 0) -> None:
+        """Show activations of one batch, by default the first given one."""
+        _, env, values, _ = self.cases[case]
         if values is None:
             self.runner.run(self.params, env, watch)
         else:
@@ -326,7 +389,7 @@ class _Elementwise:
         self.generator = torch.Generator().manual_seed(0)
 
     def of(self, n: Node) -> str | None:
-        """"affine", "bent", or None for an operator that is not elementwise."""
+        """ "affine", "bent", or None for an operator that is not elementwise."""
         if n.op != "call_function" or self.graph.kind.get(n.name) != "active" or not isinstance(n.meta.get("val"), Tensor):
             return None
         if _name(n) in _CARRY - {"to", "clone", "dropout", "alias", "detach", "contiguous", "_to_copy"}:
@@ -406,6 +469,11 @@ class Use:
     operand: str
     columns: Tensor
 
+    def owned(self, params: Params) -> int:
+        """Entries of the weight that read one unit."""
+        W = params[self.reader.weight]
+        return self.columns.shape[1] * W.numel() // W.shape[self.reader.in_axis]
+
 
 @dataclass(frozen=True)
 class Region:
@@ -445,9 +513,10 @@ class Layer:
     where: str
     rows: dict[str, tuple[int, Tensor]]
     moments: _Moments | None = None
+    wider: _Moments | None = None  # fresh data included
     effective: list[Tensor] | None = None  # (n, d) for each input: affine map from activations to pre-activation
     powers: tuple[float | None, ...] = ()
-    sign: int = 0  # +1 even, -1 odd, 0 neither
+    signs: tuple[int, ...] = ()  # for each input +1 even, -1 odd, 0 neither
 
     @property
     def writers(self) -> list[Reader]:
@@ -547,7 +616,7 @@ class _Finder:
             else:
                 reach[n.name], through[n.name] = seen, (way | {n.name}) if seen else set()
         unique = {id(g): g for g in group.values()}
-        return [self._tail(set(g)) for g in sorted(unique.values(), key=lambda g: min(self.order[m] for m in g))]
+        return [self._heads(self._tail(set(g))) for g in sorted(unique.values(), key=lambda g: min(self.order[m] for m in g))]
 
     def _tail(self, members: set[str]) -> set[str]:
         """Add affine nodes that put a region together with what it was computed from (x + sin(x)^2)."""
@@ -556,9 +625,9 @@ class _Finder:
         while grown:
             grown = False
             for m in sorted(members, key=self.order.__getitem__):
-                if self.boundary(self.nodes[self.order[m]]):
+                if self.boundary(self._node(m)):
                     continue
-                for u in self.users(self.nodes[self.order[m]]):
+                for u in self.users(self._node(m)):
                     if u.name in members or self.sort[u.name] != "affine":
                         continue
                     others = [a.name for a in self.active(u) if a.name not in members]
@@ -567,8 +636,28 @@ class _Finder:
                         grown = True
         return members
 
+    def _heads(self, members: set[str]) -> set[str]:
+        """Add affine nodes above a region until no two of its inputs come from one activation (x and x / 2)."""
+        while True:
+            inputs = dict.fromkeys(a.name for m in members for a in self.active(self._node(m)) if a.name not in members)
+            above = {
+                i: {i} | (self._above({i}) if self.sort[i] == "affine" and not self.boundary(self._node(i)) else set()) for i in inputs
+            }
+            common = [(above[i] & above[k], above[i] | above[k]) for i, k in itertools.combinations(above, 2) if above[i] & above[k]]
+            if not common:
+                return members
+            both, either = common[0]
+            top = max(both, key=self.order.__getitem__)
+            lower = {n for n in either if n != top and top in self._above({n})}
+            if not lower - members:
+                return members
+            members |= lower
+
+    def _node(self, name: str) -> Node:
+        return self.nodes[self.order[name]]
+
     def _above(self, members: set[str]) -> set[str]:
-        out, stack = set[str](), [a for m in members for a in self.active(self.nodes[self.order[m]])]
+        out, stack = set[str](), [a for m in members for a in self.active(self._node(m))]
         while stack:
             a = stack.pop()
             if a.name in out or a.name in members:
@@ -591,7 +680,7 @@ class _Finder:
         return leads - members - {top}
 
     def _region(self, members: set[str]) -> Region | None:
-        nodes = tuple(sorted((self.nodes[self.order[m]] for m in members), key=lambda n: self.order[n.name]))
+        nodes = tuple(sorted((self._node(m) for m in members), key=lambda n: self.order[n.name]))
         outs = [n for n in nodes if n.name in self.graph.outputs or any(u.name not in members for u in self.users(n))]
         inputs = tuple(dict.fromkeys(a for n in nodes for a in self.active(n) if a.name not in members))
         if not outs or not inputs or not all(i.meta["val"].is_floating_point() for i in inputs):
@@ -609,7 +698,16 @@ class _Finder:
                     best = (hits, axis, region)
         return best[2] if best else None
 
-    def _at(self, nodes: tuple[Node, ...], inputs: tuple[Node, ...], sources: tuple[Source, ...], output: Node, axis: int, reached: list[tuple[Reader, str]], leaks: bool) -> Region | None:
+    def _at(
+        self,
+        nodes: tuple[Node, ...],
+        inputs: tuple[Node, ...],
+        sources: tuple[Source, ...],
+        output: Node,
+        axis: int,
+        reached: list[tuple[Reader, str]],
+        leaks: bool,
+    ) -> Region | None:
         """The region with its units on one axis, or None if they cannot lie there."""
         size, rank = output.meta["val"].shape[axis], output.meta["val"].dim()
         like = self._blocks(output, axis)
@@ -622,12 +720,20 @@ class _Finder:
             at = columns(self.spaces, like, r.weight, r.in_axis)
             if at is not None:
                 uses.append(Use(r, operand, at))
+        if not uses and all(self._sums(u, like) for u in self.users(output) if u not in nodes):
+            return None  # a statistic over the units, not a unit
         vectors = tuple(p for n in nodes for p in self.graph.parameters_of(n))
         return Region(nodes, inputs, sources, output, axis, tuple(uses), leaks or len(uses) < len(reached), vectors)
 
     def _blocks(self, n: Node, axis: int) -> tuple[Monomial, ...] | None:
         found = self.spaces.axes.get(n.name)
         return self.spaces.blocks(n.name, axis) if found and not isinstance(found[0], list) else None
+
+    def _sums(self, n: Node, like: Sequence[Monomial]) -> bool:
+        """Reduces over the units."""
+        rank = n.meta["val"].dim() if isinstance(n.meta.get("val"), Tensor) else 0
+        left = {a for axis in range(rank) for b in self._blocks(n, axis) or () for a in b.atoms}
+        return _name(n) in ("mean", "sum", "amax", "var", "norm", "linalg_vector_norm") and not left & {a for b in like for a in b.atoms}
 
     def rows(self, region: Region) -> dict[str, tuple[int, Tensor]]:
         """In-side parameters with the positions of each unit."""
@@ -797,9 +903,11 @@ def _observe(runner: _Runner, params: Params, batches: Sequence[Batch], layers: 
         for layer in layers:
             for j, region in enumerate(layer.regions):
                 names = tuple(x.name for x in (*region.inputs, region.output))
-                watch.append((names, lambda live, layer=layer, region=region: _collect(layer, region, live)))
+                watch.append((names, partial(_collect, layer, region)))
                 if i == 0 and j == 0:
-                    watch.append((names, lambda live, layer=layer, region=region: _probe(runner.graph, params, layer, region, live)))
+                    made = {r.node for s in region.sources for r in s.writers}
+                    names += tuple(_operand(runner.graph, n) for n in runner.order if n.name in made)
+                    watch.append((names, partial(_probe, runner.graph, params, layer, region)))
         if watch:
             runner.run(params, runner.graph.prepare(batch), watch)
 
@@ -808,8 +916,19 @@ def _collect(layer: Layer, region: Region, live: Mapping[str, Any]) -> None:
     for values in _values(region, live):
         if layer.moments is None:
             layer.moments = _Moments.start(values)
-        if values.shape[1] == layer.moments.first.shape[1]:
-            layer.moments.add(values)
+        into = layer.moments if layer.wider is None else layer.wider
+        if values.shape[1] == into.first.shape[1]:
+            into.add(values)
+
+
+def _observe_fresh(judge: _Judge, layers: Sequence[Layer]) -> None:
+    """Go on with fresh data, beside the figures of the given data."""
+    for layer in layers:
+        layer.wider = copy.deepcopy(layer.moments)
+    names = [(layer, region, tuple(x.name for x in (*region.inputs, region.output))) for layer in layers for region in layer.regions]
+    for i, case in enumerate(judge.cases):
+        if not case[0]:
+            judge.look([(n, partial(_collect, layer, region)) for layer, region, n in names], i)
 
 
 def _replay(graph: Graph, nodes: Iterable[Node], live: Mapping[str, Any], at: Mapping[str, Tensor], wanted: str) -> Tensor:
@@ -835,16 +954,16 @@ def _probe(graph: Graph, params: Params, layer: Layer, region: Region, live: Map
         good = abs(power) > 1e-3 and float((twice - 2**power * h).abs().max()) <= 1e-9 * size
         powers.append(round(power, 6) if good else None)
     layer.powers = tuple(powers)
-    if len(z) == 1:
-        back = _replay(graph, region.nodes, live, {k: -v for k, v in z.items()}, out)
-        layer.sign = next((s for s in (1, -1) if float((back - s * h).abs().max()) <= 1e-12 * size), 0)
+    turned = [_replay(graph, region.nodes, live, {**z, name: -z[name]}, out) for name in z]
+    layer.signs = tuple(next((s for s in (1, -1) if float((back - s * h).abs().max()) <= 1e-12 * size), 0) for back in turned)
     if len(layer.regions) == 1:
         maps = [_effective(graph, params, region, i, s, live) for i, s in zip(region.inputs, region.sources, strict=True)]
         layer.effective = [m for m in maps if m is not None] if all(m is not None for m in maps) else None
 
 
 def _effective(graph: Graph, params: Params, region: Region, z: Node, source: Source, live: Mapping[str, Any]) -> Tensor | None:
-    """(n, d) rows [alpha_j w_j, beta_j] with z_j = alpha_j w_j . x + beta_j; biases, gains and frozen statistics included.
+    """(n, d) rows [alpha_j w_j r, beta_j] with z_j = alpha_j w_j . x + beta_j and r the root mean square of x, so that all entries
+    have the units of z; biases, gains and frozen statistics are included.
 
     The way from the one contraction to z is run on constants; None where it is not one affine map for each unit.
     """
@@ -864,13 +983,27 @@ def _effective(graph: Graph, params: Params, region: Region, z: Node, source: So
             return None  # padding, positions, batch statistics
         runs.append(y[:, 0])
     beta, alpha = runs[0], runs[1] - runs[0]
-    if bool((alpha.abs() <= 1e-12 * alpha.abs().max()).any()):
+    on = alpha.abs() > 1e-12 * alpha.abs().max()
+    if not bool(on.any()):
+        return None  # a norm with the statistics of the batch forgets constants
+    row = torch.where(on, (runs[2] - beta) / torch.where(on, alpha, 1.0), 0.0).round().long()
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    heard = _by_unit(_replay(graph, nodes, live, {c.name: noise}, z.name), region.axis).std(1)
+    sent = _by_unit(noise, at).std(1)
+    if int(row.min()) < 0 or int(row.max()) >= len(sent):
         return None
-    row = ((runs[2] - beta) / alpha).round().long()
+    if bool(((heard - alpha.abs() * sent[row]).abs() > 1e-9 * heard.max()).any()):
+        return None  # the way depends on what else is in the batch
     W = params[writer.weight].movedim(writer.out_axis, 0).flatten(1)
-    if int(row.min()) < 0 or int(row.max()) >= len(W) or float((alpha * row + beta - runs[2]).abs().max()) > 1e-6 * float(runs[2].abs().max() + 1):
+    if len(W) != len(sent) or float((alpha * row + beta - runs[2]).abs().max()) > 1e-6 * float(runs[2].abs().max() + 1):
         return None
-    return torch.cat([alpha[:, None] * W[row], beta[:, None]], 1)
+    size = live[_operand(graph, c)].square().mean().sqrt()
+    return torch.cat([alpha[:, None] * W[row] * size, beta[:, None]], 1)
+
+
+def _operand(graph: Graph, contraction: Node) -> str:
+    """What a contraction reads, beside its weight."""
+    return next(a.name for a in contraction.all_input_nodes if graph.kind.get(a.name) != "param")
 
 
 def _out_axis(r: Reader, graph: Graph, rank: int) -> int:
@@ -888,15 +1021,15 @@ class Blocks:
 
     Attributes:
         inside, outside: in- and out-weights.
-        raw: norms (n, 2) of in- and out-weights before that.
-        signs: joint signs (in, out) under which two units are still the same.
+        raw: (n, blocks) norms of the slices of each parameter before that.
+        signs: joint signs, one for each block of ``inside`` and one for ``outside``, under which two units are still the same.
         lost: parameters that one unit owns.
     """
 
     inside: list[Tensor]
     outside: list[Tensor]
     raw: Tensor
-    signs: tuple[tuple[int, int], ...] = ((1, 1),)
+    signs: tuple[tuple[tuple[int, ...], int], ...] = ()
     lost: int = 0
 
     @property
@@ -917,7 +1050,7 @@ def _raw_blocks(layer: Layer, read: Read) -> Blocks | None:
     inside = [_slices(read(p), axis, at) for p, (axis, at) in layer.rows.items()]
     outside = [_slices(read(u.reader.weight), u.reader.in_axis, u.columns) for u in layer.uses]
     lost = sum(b.shape[1] for b in [*inside, *outside])
-    return Blocks(inside, outside, _norms_of(inside, outside), lost=lost)
+    return Blocks(inside, outside, _norms_of([*inside, *outside]), lost=lost)
 
 
 def _unit_blocks(layer: Layer, read: Read) -> Blocks | None:
@@ -932,14 +1065,17 @@ def _unit_blocks(layer: Layer, read: Read) -> Blocks | None:
         power = power * size**p if p is not None else power
     known = {r.weight for r in layer.writers} | {v for g in layer.regions for s in g.sources for v in s.vectors}
     inside += [b for (p, _), b in zip(layer.rows.items(), raw.inside, strict=True) if p not in known]  # slopes of the activation
-    signs = ((1, 1), (-1, layer.sign)) if layer.sign else ((1, 1),)
-    return Blocks(inside, [b * power[:, None] for b in raw.outside], raw.raw, signs, raw.lost)
+    signs = []
+    for flips in itertools.product((False, True), repeat=len(layer.signs) if len(layer.signs) <= 3 else 0):
+        if any(flips) and all(s for f, s in zip(flips, layer.signs, strict=True) if f):
+            still = (1,) * (len(inside) - len(flips))
+            signs.append(((*(-1 if f else 1 for f in flips), *still), math.prod(s for f, s in zip(flips, layer.signs, strict=True) if f)))
+    return Blocks(inside, [b * power[:, None] for b in raw.outside], raw.raw, tuple(signs), raw.lost)
 
 
-def _norms_of(inside: Sequence[Tensor], outside: Sequence[Tensor]) -> Tensor:
-    norms = [sum((b.square().sum(1) for b in side), torch.zeros(1, dtype=torch.float64)).sqrt() for side in (inside, outside)]
-    n = len(inside[0]) if inside else len(outside[0])
-    return torch.stack([x.expand(n) for x in norms], 1)
+def _norms_of(blocks: Sequence[Tensor]) -> Tensor:
+    """(n, blocks) norms."""
+    return torch.stack([b.norm(dim=1) for b in blocks], 1)
 
 
 def _vectors(blocks: Sequence[Tensor]) -> Tensor:
@@ -948,7 +1084,7 @@ def _vectors(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def _zero(blocks: Blocks, t: Thresholds) -> tuple[list[int], list[float]]:
-    """Units whose in- and out-weights both vanish beside the largest of their layer."""
+    """Units whose slices of every parameter vanish beside the largest of their layer."""
     top = blocks.raw.amax(0)
     share = (blocks.raw / top.clamp(min=1e-300))[:, top > 0].amax(1) if bool((top > 0).any()) else blocks.raw.new_zeros(blocks.count)
     units = (share <= t.zero).nonzero().flatten().tolist()
@@ -964,35 +1100,50 @@ def nearest(rows: Tensor, signs: Sequence[Tensor], tolerance: float) -> tuple[Te
     Returns:
         (n,) index of the partner, -1 for none, and (n,) distances sqrt(2) |u_i - s u_j| / sqrt(|u_i|^2 + |u_j|^2).
     """
-    n, d = rows.shape
+    n = len(rows)
     partner, best = torch.full((n,), -1), torch.full((n,), math.inf, dtype=torch.float64)
-    if d > 256:
-        sketch = torch.randn(d, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 8
-    else:
-        sketch = None
-    size = rows.square().sum(1)
+    small = _sketch(rows)
     for sign in signs:
-        small = rows if sketch is None else rows @ sketch
-        turned = rows * sign if sketch is None else (rows * sign) @ sketch
-        own, other = small.square().sum(1), turned.square().sum(1)
-        step = max(1, _CHUNK // n)
-        for at in range(1, n, step):
-            i = torch.arange(at, min(at + step, n))
-            gap = own[i, None] + other[None, :] - 2 * small[i] @ turned.T
-            gap = gap / (size[i, None] + size[None, :]).clamp(min=1e-300)
-            gap[torch.arange(n)[None, :] >= i[:, None]] = math.inf
-            near, j = gap.min(1)
-            i, j = i[near * 2 <= 4 * tolerance**2 + 1e-12], j[near * 2 <= 4 * tolerance**2 + 1e-12]
-            if len(i):
-                exact = _distances(rows, i, j, sign)
-                better = exact < best[i]
-                best[i[better]], partner[i[better]] = exact[better], j[better]
+        turned = small if bool((sign == 1).all()) else _sketch(rows * sign)
+        i, j = _candidates(small, turned, max(8 * tolerance**2, 1e-5))
+        exact = _distances(rows, i, j, sign)
+        order = exact.argsort(descending=True, stable=True)  # of several entries for one index the last, the nearest, stays
+        i, j, exact = i[order], j[order], exact[order]
+        better = exact < best[i]
+        best[i[better]], partner[i[better]] = exact[better], j[better]
     partner[best > tolerance] = -1
     return partner, best
 
 
+def _sketch(rows: Tensor) -> Tensor:
+    """Rows in single precision, at most 64 numbers each, with squared norms of about the same size."""
+    d = rows.shape[1]
+    if d <= 256:
+        return rows.float()
+    return rows.float() @ (torch.randn(d, 64, generator=torch.Generator().manual_seed(0)) / 8)
+
+
+def _candidates(small: Tensor, turned: Tensor, bar: float) -> tuple[Tensor, Tensor]:
+    """Pairs (i, j), j < i, whose squared relative distance is below a bar; where they are very many, the nearest j of each i."""
+    n, size, found = len(small), small.square().sum(1), list[Tensor]()
+    step = max(1, _CHUNK // n)
+    for at in range(0, n, step):
+        end = min(at + step, n)
+        gap = small[at:end] @ turned[:end].T
+        total = (size[at:end, None] + size[None, :end]).clamp_(min=1e-30)
+        gap.mul_(-2).div_(total).add_(1)  # |x - y|^2 / (|x|^2 + |y|^2)
+        gap[:, at:end].masked_fill_(torch.ones(end - at, end - at, dtype=torch.bool).triu_(), math.inf)
+        hits = (gap <= bar).nonzero()
+        if len(hits) > 8 * (end - at):
+            near, j = gap.min(1)
+            hits = torch.stack([torch.arange(end - at), j], 1)[near <= bar]
+        found.append(hits + torch.tensor([at, 0]))
+    pairs = torch.cat(found)
+    return pairs[:, 0], pairs[:, 1]
+
+
 def _distances(rows: Tensor, i: Tensor, j: Tensor, sign: Tensor) -> Tensor:
-    out = []
+    out = [rows.new_zeros(0)]
     for a, b in zip(i.split(1024), j.split(1024), strict=True):
         x, y = rows[a], rows[b] * sign
         out.append(math.sqrt(2) * (x - y).norm(dim=1) / (x.square().sum(1) + y.square().sum(1)).sqrt().clamp(min=1e-300))
@@ -1022,8 +1173,11 @@ def _alike(blocks: Blocks, t: Thresholds, skip: set[int]) -> tuple[dict[int, lis
     for outside, tolerance in ((blocks.outside, t.duplicate), ([], t.copy)):
         if outside or tolerance == t.copy:
             rows = _vectors([b[keep] for b in (*blocks.inside, *outside)])
-            wide = sum(b.shape[1] for b in blocks.inside)
-            signs = [torch.cat([rows.new_full((wide,), a), rows.new_full((rows.shape[1] - wide,), b)]) for a, b in blocks.signs]
+            widths = [b.shape[1] for b in blocks.inside]
+            signs = [rows.new_ones(rows.shape[1])]
+            for each, out in blocks.signs:
+                parts = [rows.new_full((w,), s) for w, s in zip(widths, each, strict=True)]
+                signs.append(torch.cat([*parts, rows.new_full((rows.shape[1] - sum(widths),), out)]))
             partner, gap = nearest(rows, signs, tolerance)
             groups = {int(keep[k]): [int(keep[v]) for v in vs if int(keep[v]) not in taken] for k, vs in _groups(partner).items()}
             groups = {k: v for k, v in groups.items() if v}
@@ -1035,18 +1189,34 @@ def _alike(blocks: Blocks, t: Thresholds, skip: set[int]) -> tuple[dict[int, lis
     return found[0], found[1], distance
 
 
-def _weight_rows(where: str, size: int, blocks: Blocks, parameters: Sequence[str], t: Thresholds) -> list[Row]:
+def _weight_rows(where: str, blocks: Blocks, parameters: Sequence[str], t: Thresholds) -> list[Row]:
     """Zero units and duplicates from weights alone."""
-    rows = []
+    rows, size = [], blocks.count
     zero, share = _zero(blocks, t)
     if zero:
-        rows.append(_row("dead", where, zero, size, share, len(zero) * blocks.lost, f"zero units: in- and out-weights below {t.zero:g} of the layer's largest; weights only, nothing was run", parameters))
+        rows.append(
+            _row(
+                "dead",
+                where,
+                zero,
+                size,
+                share,
+                len(zero) * blocks.lost,
+                f"zero units: in- and out-weights below {t.zero:g} of the layer's largest; weights only, nothing was run",
+                parameters,
+            )
+        )
     same, copies, distance = _alike(blocks, t, set(zero))
-    for groups, what in ((same, "in- and out-weights equal"), (copies, "in-weights equal, out-weights differ: one feature computed several times")):
+    for groups, what in (
+        (same, "in- and out-weights equal"),
+        (copies, "in-weights equal, out-weights differ: one feature computed several times"),
+    ):
         others = sorted(x for v in groups.values() for x in v)
         if others:
             note = f"{what}, copies of {_some(groups)}; weights only, nothing was run"
-            rows.append(_row("duplicate", where, others, size, [distance.get(x) for x in others], len(others) * blocks.lost, note, parameters))
+            rows.append(
+                _row("duplicate", where, others, size, [distance.get(x) for x in others], len(others) * blocks.lost, note, parameters)
+            )
     return rows
 
 
@@ -1055,11 +1225,26 @@ def _some(groups: Mapping[int, Sequence[int]]) -> str:
     return ", ".join(f"unit {h}" for h in heads[:8]) + (f" and {len(heads) - 8} more" if len(heads) > 8 else "")
 
 
+def _rescaled(layer: Layer, blocks: Blocks, e: Entry | None) -> Blocks:
+    """Blocks of a layer, normalised by a rescaling family of its units."""
+    if e is None or any(t.op not in ("mode", "dual") or t.gain is not None for _, t in e.terms):
+        return blocks
+    power = {t.place.parameter: w if t.op == "mode" else -w for w, t in e.terms}
+    names = [*layer.rows, *(u.reader.weight for u in layer.uses)]
+    sides = [*blocks.inside, *blocks.outside]
+    lead = max(power.values())
+    moving = [b for n, b in zip(names, sides, strict=True) if power.get(n, 0) == lead]
+    if lead <= 0 or not moving or len(set(names)) < len(names):
+        return blocks
+    scale = torch.cat(moving, 1).norm(dim=1).clamp(min=1e-300)
+    sides = [b / (scale ** (power.get(n, 0) / lead))[:, None] for n, b in zip(names, sides, strict=True)]
+    return replace(blocks, inside=sides[: len(blocks.inside)], outside=sides[len(blocks.inside) :])
+
+
 def _scale_blocks(e: Entry, read: Read) -> Blocks | None:
     """Units of a rescaling family, normalised by it: terms of positive weight are in-weights, of negative weight out-weights."""
-    inside, outside = [], []
-    size = next(s for name, s in e.copies.local if name == e.space)
-    if len(e.copies.local) > 1 or any(t.op not in ("mode", "dual") or t.gain is not None for _, t in e.terms):
+    inside, outside, size = list[Tensor](), list[Tensor](), e.size
+    if any(t.op not in ("mode", "dual") or t.gain is not None for _, t in e.terms):
         return None
     positive = [(w if t.op == "mode" else -w, t) for w, t in e.terms]
     lead = max(w for w, _ in positive)
@@ -1070,8 +1255,8 @@ def _scale_blocks(e: Entry, read: Read) -> Blocks | None:
         (inside if w > 0 else outside).append(rows)
     if not inside or not outside:
         return None
-    raw = _norms_of(inside, outside)
-    scale = raw[:, 0].clamp(min=1e-300)
+    raw = _norms_of([*inside, *outside])
+    scale = torch.cat(inside, 1).norm(dim=1).clamp(min=1e-300)
     powers = [w / lead for w, _ in positive]
     ins, outs = ([p for p in powers if p > 0], [p for p in powers if p < 0])
     lost = sum(b.shape[1] for b in [*inside, *outside])
@@ -1083,7 +1268,7 @@ def _scale_blocks(e: Entry, read: Read) -> Blocks | None:
 # -- rows of one layer ---------------------------------------------------------------------------------------------------------
 
 
-def _layer_rows(layer: Layer, params: Params, judge: _Judge, spaces: Spaces, t: Thresholds, gone: set[tuple[str, int]]) -> list[Row]:
+def _layer_rows(layer: Layer, params: Params, judge: _Judge, t: Thresholds, gone: set[tuple[str, int]]) -> list[Row]:
     m = layer.moments
     if m is None:
         return []
@@ -1097,14 +1282,31 @@ def _layer_rows(layer: Layer, params: Params, judge: _Judge, spaces: Spaces, t: 
     idle = [j for j in (relative <= t.dead).nonzero().flatten().tolist() if m.count >= 2]
     dead = [j for j in idle if j not in known and j not in set(zero)]
     rows = []
-    lost = (blocks.lost if blocks is not None and layer.private else sum(u.columns.shape[1] * params[u.reader.weight].numel() // params[u.reader.weight].shape[u.reader.in_axis] for u in layer.uses))
+    lost = blocks.lost if blocks is not None and layer.private else sum(u.owned(params) for u in layer.uses)
     if zero:
         note = f"zero units: in- and out-weights below {t.zero:g} of the layer's largest"
-        rows.append(_remove(layer, params, judge, _row("dead", layer.where, zero, layer.size, share, len(zero) * lost, note, layer.parameters)))
-    if dead:
-        margin = _margin(layer, judge, dead, typical, t)
-        note = f"output constant on {m.count} samples x tokens x places (range below {t.dead:g} of the layer's median)"
-        row = _row("dead", layer.where, dead, layer.size, relative[dead].tolist(), len(dead) * lost, note, layer.parameters, margin=margin[:_LISTED])
+        rows.append(
+            _remove(layer, params, judge, _row("dead", layer.where, zero, layer.size, share, len(zero) * lost, note, layer.parameters))
+        )
+    always = (layer.wider or m).spread / typical <= t.dead
+    steady = _exact_first([j for j in dead if always[j]], relative)
+    groups = [*((part, "and on fresh data") for part in steady), ([j for j in dead if not always[j]], "but not on fresh data")]
+    for units, also in groups:
+        if not units:
+            continue
+        margin = _margin(layer, judge, units, typical, t)
+        note = f"output constant on {m.count} samples x tokens x places (range below {t.dead:g} of the layer's median) {also}"
+        row = _row(
+            "dead",
+            layer.where,
+            units,
+            layer.size,
+            relative[units].tolist(),
+            len(units) * lost,
+            note,
+            layer.parameters,
+            margin=margin[:_LISTED],
+        )
         known_margins = [abs(x) for x in margin if x is not None]
         if known_margins:
             row["note"] += f"; alive again if the pre-activation shifts by {min(known_margins):.2g} or more of its standard deviations"
@@ -1124,29 +1326,37 @@ def _remove(layer: Layer, params: Params, judge: _Judge, row: Row) -> Row:
         row["parameters_lost"] = 0
         return row
     changed = _fold(layer.uses, units, params, judge)
-    figures, what = judge.digits(changed), "out-weights zeroed and the constant folded"
+    full = (-1.0, -1.0)
     if layer.private:
-        more = dict(changed)
-        for p, (axis, at) in layer.rows.items():
-            q = more.get(p, params[p]).clone()
-            q.movedim(axis, 0)[at[units].reshape(-1)] = 0
-            more[p] = q
-        full = judge.digits(more)
-        if min(full) >= min(min(figures), _EXACT):
+        full = judge.digits(_blank(layer, units, params, changed))
+        if min(full) >= _EXACT:
             return _judged(row, full, "all their weights zeroed and the constant folded")
-        row["parameters_lost"] = len(units) * sum(u.columns.shape[1] * params[u.reader.weight].numel() // params[u.reader.weight].shape[u.reader.in_axis] for u in layer.uses)
-    return _judged(row, figures, what)
+    figures = judge.digits(changed)
+    if min(full) >= min(figures):
+        return _judged(row, full, "all their weights zeroed and the constant folded")
+    row["parameters_lost"] = len(units) * sum(u.owned(params) for u in layer.uses)
+    return _judged(row, figures, "out-weights zeroed and the constant folded")
+
+
+def _blank(layer: Layer, units: Sequence[int], params: Params, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zero the in-side of some units too."""
+    out = dict(changed)
+    for p, (axis, at) in layer.rows.items():
+        q = out.get(p, params[p]).clone()
+        q.movedim(axis, 0)[at[list(units)].reshape(-1)] = 0
+        out[p] = q
+    return out
 
 
 def _fold(uses: Sequence[Use], units: Sequence[int], params: Params, judge: _Judge) -> dict[str, Tensor]:
     """Zero the columns that read some units and add what they read on average to the bias behind, where there is one."""
     means: dict[int, Tensor] = {}
 
-    def take(live: Mapping[str, Any], k: int, use: Use) -> None:
+    def take(k: int, use: Use, live: Mapping[str, Any]) -> None:
         x = live[use.operand]
         means[k] = _by_unit(x, _out_axis(use.reader, judge.runner.graph, x.dim()))[use.columns[units].reshape(-1)].mean(1)
 
-    judge.look([((u.operand,), lambda live, k=k, u=u: take(live, k, u)) for k, u in enumerate(uses)])
+    judge.look([((u.operand,), partial(take, k, u)) for k, u in enumerate(uses)])
     changed: dict[str, Tensor] = {}
     for k, u in enumerate(uses):
         r = u.reader
@@ -1194,7 +1404,7 @@ def _margin(layer: Layer, judge: _Judge, units: Sequence[int], typical: float, t
             best = torch.where(high < best.abs(), sign * high, best)
 
     judge.look([(tuple(n.name for n in (*region.inputs, region.output)), search)])
-    return [None if math.isinf(x) else x for x in best.tolist()]
+    return [None if math.isinf(x) else float(f"{x:.3g}") for x in best.tolist()]
 
 
 def _affine_rows(layer: Layer, judge: _Judge, quiet: set[int], t: Thresholds) -> list[Row]:
@@ -1204,12 +1414,23 @@ def _affine_rows(layer: Layer, judge: _Judge, quiet: set[int], t: Thresholds) ->
     if m.count < max(_MIN_SAMPLES, 4 * m.first.shape[1]):
         return []
     slope, offset, left = m.fit()
+    wide = (layer.wider or m).fit()[2]
     rows = []
-    for kind, low, high in (("always-on", -1.0, t.affine), ("linearised", t.affine, t.linearised)):
-        units = [j for j in ((left > low) & (left <= high)).nonzero().flatten().tolist() if j not in quiet]
+    kinds = (
+        ("always-on", left <= t.affine, wide <= t.affine),
+        ("always-on", left <= t.affine, wide > t.affine),
+        ("linearised", left > t.affine, left <= t.linearised),
+    )
+    for k, (kind, first, second) in enumerate(kinds):
+        units = [j for j in (first & second).nonzero().flatten().tolist() if j not in quiet]
         if not units:
             continue
-        note = f"the activation is {'exactly' if kind == 'always-on' else 'nearly'} one affine map on {m.count} samples x tokens x places (relative residual up to {float(left[units].max()):.1e})"
+        also = (" and on fresh data", ", but not on fresh data", "")[k]
+        degree = "exactly" if kind == "always-on" else "nearly"
+        worst = float(left[units].max())
+        note = (
+            f"the activation is {degree} one affine map on {m.count} samples x tokens x places{also} (relative residual up to {worst:.1e})"
+        )
         if layer.uses and layer.writers:
             note += _merge_note(layer, len(units), judge.params)
         row = _row(kind, layer.where, units, layer.size, left[units].tolist(), 0, note, layer.parameters)
@@ -1246,12 +1467,28 @@ def _copy_rows(layer: Layer, params: Params, judge: _Judge, blocks: Blocks, quie
     """Units that are equal to others, fully or in what they compute."""
     same, copies, distance = _alike(blocks, t, quiet)
     rows = []
-    modulo = " up to the rescaling and sign of a unit" if layer.effective is not None and (any(p is not None for p in layer.powers) or layer.sign) else ""
-    for groups, what in ((same, f"in- and out-weights equal{modulo}: SGD keeps them equal"), (copies, f"in-weights equal{modulo}, out-weights differ: one feature computed several times")):
+    modulo = (
+        " up to the rescaling and sign of a unit"
+        if layer.effective is not None and (any(p is not None for p in layer.powers) or any(layer.signs))
+        else ""
+    )
+    for groups, what in (
+        (same, f"in- and out-weights equal{modulo}: SGD keeps them equal"),
+        (copies, f"in-weights equal{modulo}, out-weights differ: one feature computed several times"),
+    ):
         others = sorted(x for v in groups.values() for x in v)
         if not others:
             continue
-        row = _row("duplicate", layer.where, others, layer.size, [distance.get(x) for x in others], len(others) * lost, f"{what}; copies of {_some(groups)}", layer.parameters)
+        row = _row(
+            "duplicate",
+            layer.where,
+            others,
+            layer.size,
+            [distance.get(x) for x in others],
+            len(others) * lost,
+            f"{what}; copies of {_some(groups)}",
+            layer.parameters,
+        )
         rows.append(_merge(layer, groups, params, judge, row))
     return rows
 
@@ -1265,7 +1502,7 @@ def _merge(layer: Layer, groups: Mapping[int, Sequence[int]], params: Params, ju
         return row
     fits: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def take(live: Mapping[str, Any], k: int, use: Use) -> None:
+    def take(k: int, use: Use, live: Mapping[str, Any]) -> None:
         x = live[use.operand]
         rows = _by_unit(x, _out_axis(use.reader, judge.runner.graph, x.dim()))
         a, b = (rows[use.columns[[p[i] for p in pairs]].reshape(-1)].reshape(len(pairs), -1) for i in (0, 1))
@@ -1275,7 +1512,7 @@ def _merge(layer: Layer, groups: Mapping[int, Sequence[int]], params: Params, ju
         offset = mean_b - slope * mean_a
         fits[k] = slope, torch.where(offset.abs() < 1e-12 * (mean_b.abs() + b.abs().amax(1)), 0.0, offset)
 
-    judge.look([((u.operand,), lambda live, k=k, u=u: take(live, k, u)) for k, u in enumerate(layer.uses)])
+    judge.look([((u.operand,), partial(take, k, u)) for k, u in enumerate(layer.uses)])
     changed: dict[str, Tensor] = {}
     for k, u in enumerate(layer.uses):
         r, (slope, offset) = u.reader, fits[k]
@@ -1292,10 +1529,7 @@ def _merge(layer: Layer, groups: Mapping[int, Sequence[int]], params: Params, ju
             b = changed.get(r.bias, params[r.bias])
             changed[r.bias] = b + total.reshape(b.shape)
     if layer.private:
-        for p, (axis, at) in layer.rows.items():
-            q = changed.get(p, params[p]).clone()
-            q.movedim(axis, 0)[at[row["_all"]].reshape(-1)] = 0
-            changed[p] = q
+        changed = _blank(layer, row["_all"], params, changed)
     return _judged(row, judge.digits(changed), "copies merged into one")
 
 
@@ -1318,15 +1552,22 @@ def _norms(graph: Graph, params: Params, spaces: Spaces, judge: _Judge, t: Thres
         frozen = [] if relative is None else [j for j in (relative <= t.norm).nonzero().flatten().tolist() if j not in silent]
         end = n
         users = finder.users(n)
-        offset = [p for p in graph.parameters_of(users[0])] if len(users) == 1 and finder.sort[users[0].name] == "affine" and len(finder.active(users[0])) == 1 else []
+        offset = (
+            graph.parameters_of(users[0])
+            if len(users) == 1 and finder.sort[users[0].name] == "affine" and len(finder.active(users[0])) == 1
+            else []
+        )
         if len(offset) == 1 and params[offset[0]].numel() == len(g):
             end = users[0]
-        for units, distance, why in ((silent, sized, "gain"), (frozen, relative, "running standard deviation")):
-            if not units or len(units) > len(g) // 2 or distance is None:
+        for found, distance, why in ((silent, sized, "gain"), (frozen, relative, "running standard deviation")):
+            if distance is None or len(found) > len(g) // 2:
                 continue
-            note = f"{why} below {t.norm:g} of the median: the channel carries only its shift"
-            row = _row("norm-dead", gain.rpartition(".")[0], units, len(g), distance[units].tolist(), 0, note, [gain, *offset], _node=end.name)
-            rows.append(_silence(finder, graph, params, judge, row, gain, end, units))
+            for units in _exact_first(found, distance):
+                note = f"{why} below {t.norm:g} of the median: the channel carries only its shift"
+                row = _row(
+                    "norm-dead", gain.rpartition(".")[0], units, len(g), distance[units].tolist(), 0, note, [gain, *offset], _node=end.name
+                )
+                rows.append(_silence(finder, graph, params, judge, row, gain, end, units))
     return rows
 
 
@@ -1336,7 +1577,15 @@ def _silence(finder: _Finder, graph: Graph, params: Params, judge: _Judge, row: 
     g.reshape(-1)[units] = 0
     reached, leaks = finder._reached(end, set())
     uses, size = [], len(g.reshape(-1))
-    axis = next((a for a in range(end.meta["val"].dim()) if end.meta["val"].shape[a] == size and columns(finder.spaces, finder._blocks(end, a) or (), gain, _long(params[gain])) is not None), None)
+    axis = next(
+        (
+            a
+            for a in range(end.meta["val"].dim())
+            if end.meta["val"].shape[a] == size
+            and columns(finder.spaces, finder._blocks(end, a) or (), gain, _long(params[gain])) is not None
+        ),
+        None,
+    )
     if axis is not None and not leaks:
         for r, operand in reached:
             at = columns(finder.spaces, finder._blocks(end, axis) or (), r.weight, r.in_axis)
@@ -1345,7 +1594,7 @@ def _silence(finder: _Finder, graph: Graph, params: Params, judge: _Judge, row: 
     changed: dict[str, Tensor] = {gain: g}
     row["parameters_lost"] = len(units)
     if uses and len(uses) == len(reached):
-        each = sum(u.columns.shape[1] * params[u.reader.weight].numel() // params[u.reader.weight].shape[u.reader.in_axis] for u in uses)
+        each = sum(u.owned(params) for u in uses)
         figures = judge.digits({**changed, **_fold(uses, units, params, judge)})
         if min(figures) >= min(_EXACT, min(judge.digits(changed))):
             row["parameters_lost"] = len(units) * (each + len(row["parameters"]))
@@ -1379,7 +1628,7 @@ def _variance(graph: Graph, n: Node) -> Tensor | None:
         for c in a.all_input_nodes:
             while c.op == "call_function" and graph.kind.get(c.name) == "const" and c.all_input_nodes:
                 c = c.all_input_nodes[0]
-            if c.name in graph.buffers and c.name.endswith("running_var"):
+            if c.op == "placeholder" and c.name in graph.buffers and c.name.endswith("running_var"):
                 return graph.buffers[c.name].reshape(-1).to(torch.float64)
         if a.target is torch.ops.aten.mul.Tensor:
             stack.extend(b for b in a.all_input_nodes if graph.kind.get(b.name) == "active")
@@ -1391,8 +1640,10 @@ def _tables(graph: Graph, read: Read, judge: _Judge | None, batches: Sequence[Ba
     rows = []
     picks: dict[str, list[Node]] = {}
     for n in graph.nodes:
-        if n.target is torch.ops.aten.embedding.default and n.args[0].name in graph.holders:  # type: ignore[union-attr]
-            picks.setdefault(graph.holders[n.args[0].name], []).append(n.args[1])  # type: ignore[union-attr, arg-type]
+        if n.target is torch.ops.aten.embedding.default:
+            held, index = n.args[:2]
+            if isinstance(held, Node) and isinstance(index, Node) and held.name in graph.holders:
+                picks.setdefault(graph.holders[held.name], []).append(index)
     for name, indices in picks.items():
         table = read(name).to(torch.float64)
         norms = table.norm(dim=1)
@@ -1400,14 +1651,29 @@ def _tables(graph: Graph, read: Read, judge: _Judge | None, batches: Sequence[Ba
         zero = (share <= t.zero).nonzero().flatten().tolist()
         where, size = name.rpartition(".")[0], len(table)
         if zero and bool((norms > 0).any()):
-            row = _row("dead", where, zero, size, share[zero].tolist(), len(zero) * table.shape[1], f"rows below {t.zero:g} of the median norm", [name])
-            rows.append(row if judge is None else _judged(row, judge.digits({name: table.index_fill(0, torch.tensor(zero), 0.0)}), "rows zeroed"))
+            row = _row(
+                "dead",
+                where,
+                zero,
+                size,
+                share[zero].tolist(),
+                len(zero) * table.shape[1],
+                f"rows below {t.zero:g} of the median norm",
+                [name],
+            )
+            rows.append(
+                row if judge is None else _judged(row, judge.digits({name: table.index_fill(0, torch.tensor(zero), 0.0)}), "rows zeroed")
+            )
         if judge is None:
             continue
         used, tokens, fixed = _used(graph, indices, batches, size)
         idle = [j for j in (~used).nonzero().flatten().tolist() if j not in set(zero)]
         if idle and (fixed or tokens >= 5 * size):
-            why = "no position of this input shape picks them; longer inputs would" if fixed else f"none of {tokens} tokens of the given data picks them; other data may"
+            why = (
+                "no position of this input shape picks them; longer inputs would"
+                if fixed
+                else f"none of {tokens} tokens of the given data picks them; other data may"
+            )
             row = _row("unused", where, idle, size, None, 0, f"rows never read: {why}", [name])
             row = _judged(row, judge.digits({name: table.index_fill(0, torch.tensor(idle), 0.0)}), "rows zeroed")
             rows.append({**row, "removable": False})
@@ -1438,7 +1704,16 @@ def _dead_parameters(graph: Graph, judge: _Judge) -> list[Row]:
     rows = []
     for where, names in groups.items():
         count = sum(judge.params[n].numel() for n in names)
-        row = _row("dead", where, range(len(names)), len(names), None, count, f"no output depends on {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}", names)
+        row = _row(
+            "dead",
+            where,
+            range(len(names)),
+            len(names),
+            None,
+            count,
+            f"no output depends on {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}",
+            names,
+        )
         rows.append(_judged({**row, "units": []}, judge.digits({n: torch.zeros_like(judge.params[n]) for n in names}), "tensors zeroed"))
     return rows
 
@@ -1448,7 +1723,9 @@ def _dead_parameters(graph: Graph, judge: _Judge) -> list[Row]:
 
 def _fits(e: Entry, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     places = [p for _, t in e.terms for p in (t.place, t.gain, t.target, t.offset) if p is not None]
-    return bool(places) and all(p.parameter in shapes and p.axis < len(shapes[p.parameter]) and shapes[p.parameter][p.axis] == p.size for p in places)
+    return bool(places) and all(
+        p.parameter in shapes and p.axis < len(shapes[p.parameter]) and shapes[p.parameter][p.axis] == p.size for p in places
+    )
 
 
 def _factors(spaces: Spaces, layers: Sequence[Layer], entries: Sequence[Entry]) -> list[Entry]:
@@ -1469,7 +1746,11 @@ def _factors(spaces: Spaces, layers: Sequence[Layer], entries: Sequence[Entry]) 
         wide = [p for p in places if len(graph.params[p.parameter].shape) > 1]
         makers = [p for p in wide if (p.parameter, p.axis) in written]
         takers = [p for p in wide if (p.parameter, p.axis) in read]
-        if len(wide) != 2 or (len(makers), len(takers)) not in ((1, 1), (2, 0)) or any(counted.get((p.parameter, p.axis), 0) > 1 for p in takers):
+        if (
+            len(wide) != 2
+            or (len(makers), len(takers)) not in ((1, 1), (2, 0))
+            or any(counted.get((p.parameter, p.axis), 0) > 1 for p in takers)
+        ):
             continue
         first, second = makers[0], (takers or makers[1:])[0]
         if frozenset((first.parameter, second.parameter)) in known or first.index.shape[0] < 2:
@@ -1507,7 +1788,7 @@ def _sides(e: Entry, read: Read) -> tuple[list[Tensor], list[Tensor]] | None:
 def _linear_rows(entries: Sequence[Entry], read: Read, judge: _Judge | None, t: Thresholds) -> list[Row]:
     """Dead, duplicate and rank-deficient products of factors, and rank-deficient stacks of what rotates together."""
     rows: list[Row] = []
-    twins: dict[tuple[Any, str], list[tuple[Entry, set[tuple[int, int]], Tensor]]] = {}
+    twins: dict[tuple[tuple[str, int], ...], list[_Heads]] = {}
     for e in entries:
         if e.algebra not in ("gl", "so", "so1") or e.size < 2:
             continue
@@ -1519,11 +1800,11 @@ def _linear_rows(entries: Sequence[Entry], read: Read, judge: _Judge | None, t: 
             found, pairs, gap = _product_rows(e, first, second, judge, t)
             rows += found
             if e.copies.count > 1:
-                twins.setdefault((e.copies.local, _common(e.parameters)), []).append((e, pairs, gap))
+                twins.setdefault(e.copies.local, []).append(_Heads(e, pairs, gap, e.size * (first.shape[2] + second.shape[2])))
         elif e.algebra != "gl" and first is not None:
             rows += _stack_rows(e, [x for x in (first, second) if x is not None], judge, t)
-    for (_, where), members in twins.items():
-        rows += _twin_rows(where, members, judge)
+    for members in twins.values():
+        rows += _twin_rows(members, judge)
     return rows
 
 
@@ -1537,10 +1818,18 @@ def _product_rows(e: Entry, A: Tensor, B: Tensor, judge: _Judge | None, t: Thres
     size = top / top.median().clamp(min=1e-300) if C > 1 else torch.ones_like(top) * float(top[0] > 0)
     silent = (size <= t.head).nonzero().flatten().tolist() if bool((top > 0).any()) else list(range(C))
     rows = []
-    pair = " and ".join(dict.fromkeys(p.rpartition(".")[0].rpartition(".")[2] or p for p in e.parameters if not p.endswith("bias")))
-    what = f"product of {pair}, {C} heads of width {n}" if C > 1 else f"product of {pair}, inner width {n}"
+    what = f"product of {_pair(e)}, {f'{C} heads of width {n}' if C > 1 else f'inner width {n}'}"
     if silent:
-        row = _row("head", where, silent, C, size[silent].tolist(), len(silent) * n * columns_of, f"{what}: vanishes (below {t.head:g} of the median)", e.parameters)
+        row = _row(
+            "head",
+            where,
+            silent,
+            C,
+            size[silent].tolist(),
+            len(silent) * n * columns_of,
+            f"{what}: vanishes (below {t.head:g} of the median)",
+            e.parameters,
+        )
         X = torch.zeros(C, n, n, dtype=torch.float64)
         X[silent] = -torch.eye(n, dtype=torch.float64)
         rows.append(_moved(row, e, X, judge, "factor zeroed"))
@@ -1551,7 +1840,8 @@ def _product_rows(e: Entry, A: Tensor, B: Tensor, judge: _Judge | None, t: Thres
     if short:
         p = share / share.sum(1, keepdim=True)
         effective = torch.special.entr(p).sum(1).exp()[short]
-        note = f"{what}: {int(low.sum())} of {S.numel()} singular values below {t.rank:g} of the largest; effective rank {float(effective.min()):.2f} to {float(effective.max()):.2f}"
+        note = f"{what}: {int(low.sum())} of {S.numel()} singular values below {t.rank:g} of the largest; effective rank "
+        note += f"{float(effective.min()):.2f} to {float(effective.max()):.2f}"
         row = _row("rank", where, short, C, share[short].amin(1).tolist(), int(low.sum()) * columns_of, note, e.parameters)
         row |= {"count": int(low.sum()), "of": S.numel(), "effective_rank": effective.tolist()[:_LISTED]}
         inverse = torch.where(low, 0.0, 1 / S.clamp(min=1e-300))
@@ -1569,41 +1859,56 @@ def _same_products(A: Tensor, B: Tensor, silent: Sequence[int], t: Thresholds) -
     size = inner.diagonal()
     squared = 2 * (size[:, None] + size[None, :] - 2 * inner) / (size[:, None] + size[None, :]).clamp(min=1e-300)
     gap = squared.clamp(min=0).sqrt()
-    return {(i, j) for j in range(C) for i in range(j) if float(gap[i, j]) <= max(t.duplicate, 1e-7) and i not in silent and j not in silent}, gap
+    return {
+        (i, j) for j in range(C) for i in range(j) if float(gap[i, j]) <= max(t.duplicate, 1e-7) and i not in silent and j not in silent
+    }, gap
 
 
-def _twin_rows(where: str, members: Sequence[tuple[Entry, set[tuple[int, int]], Tensor]], judge: _Judge | None) -> list[Row]:
+@dataclass(frozen=True)
+class _Heads:
+    """One product of each head: pairs of heads where it is equal, all relative distances, parameters that one head owns."""
+
+    entry: Entry
+    pairs: set[tuple[int, int]]
+    gap: Tensor
+    lost: int
+
+
+def _twin_rows(members: Sequence[_Heads], judge: _Judge | None) -> list[Row]:
     """Heads equal in every product they have; merged by doubling one and dropping the other."""
-    pairs = set.intersection(*(p for _, p, _ in members))
+    C = members[0].entry.copies.count
+    pairs = set.intersection(*(m.pairs for m in members)) if len(members) > 1 else set()
+    lead = {j: min(i for i, k in pairs if k == j) for _, j in pairs}
     rows = []
-    C = members[0][0].copies.count
-    if pairs and len(members) > 1:
-        lead = {j: min(i for i, k in pairs if k == j) for _, j in pairs}
-        others = sorted(lead)
-        parameters = list(dict.fromkeys(p for e, _, _ in members for p in e.parameters))
-        note = "heads equal in all their products; copies of " + ", ".join(f"head {h}" for h in sorted(set(lead.values())))
-        row = _row("head", where, others, C, [max(float(g[lead[j], j]) for _, _, g in members) for j in others], 0, note, parameters)
-        trials = []
-        for e, _, _ in members:
-            X = torch.zeros(C, e.size, e.size, dtype=torch.float64)
-            for j in others:
-                X[j] = -torch.eye(e.size, dtype=torch.float64)
-                X[lead[j]] += torch.eye(e.size, dtype=torch.float64) * (lead[j] not in lead)
-            trials.append(_moved(dict(row), e, X, judge, "merged into one"))
-        row = max(trials, key=lambda r: r["digits"] or -1.0)
-        row["parameters_lost"] = len(others) * sum(_columns_of(e) * e.size for e, _, _ in members)
-        return [row]
-    for e, found, gap in members:
+    for m in members:
+        found = {(i, j) for i, j in m.pairs if j not in lead}
         if found:
             others = sorted({j for _, j in found})
-            note = "their " + " and ".join(p.rpartition(".")[0].rpartition(".")[2] for p in e.parameters if not p.endswith("bias")) + " products are equal, their other products are not"
-            rows.append(_row("head", where, others, C, [min(float(gap[i, k]) for i, k in found if k == j) for j in others], 0, note, e.parameters))
-    return rows
+            note = f"products of {_pair(m.entry)} equal those of an earlier head; their other products do not, or were not compared"
+            gaps = [min(float(m.gap[i, k]) for i, k in found if k == j) for j in others]
+            rows.append(_row("head", _common(m.entry.parameters), others, C, gaps, 0, note, m.entry.parameters))
+    if not lead:
+        return rows
+    others = sorted(lead)
+    parameters = list(dict.fromkeys(p for m in members for p in m.entry.parameters))
+    note = "heads equal in all their products; copies of " + ", ".join(f"head {h}" for h in sorted(set(lead.values())))
+    gaps = [max(float(m.gap[lead[j], j]) for m in members) for j in others]
+    row = _row("head", _common(parameters), others, C, gaps, len(others) * sum(m.lost for m in members), note, parameters)
+    trials = []
+    for m in members:
+        eye = torch.eye(m.entry.size, dtype=torch.float64)
+        X = torch.zeros(C, m.entry.size, m.entry.size, dtype=torch.float64)
+        for j in others:
+            X[j] = -eye
+            X[lead[j]] += eye
+        trials.append(_moved(dict(row), m.entry, X, judge, "merged into one"))
+    return [*rows, max(trials, key=lambda r: r["digits"] or -1.0)]
 
 
-def _columns_of(e: Entry) -> int:
-    """Entries that one inner dimension of one copy owns."""
-    return sum(t.place.index.shape[1] * max(1, math.prod((t.place.size,)) and 1) for _, t in e.terms) // e.copies.count
+def _pair(e: Entry) -> str:
+    """Short names of the modules that hold a pair of factors."""
+    names = (p.rpartition(".")[0].rpartition(".")[2] or p for p in e.parameters if not p.endswith("bias"))
+    return " and ".join(dict.fromkeys(names))
 
 
 def _stack_rows(e: Entry, parts: Sequence[Tensor], judge: _Judge | None, t: Thresholds) -> list[Row]:
@@ -1622,7 +1927,16 @@ def _stack_rows(e: Entry, parts: Sequence[Tensor], judge: _Judge | None, t: Thre
     if not short:
         return []
     each = sum(p.shape[2] for p in parts)
-    row = _row("rank", _common(e.parameters), short, e.copies.count, share[short][:, n - expected :].amin(1).tolist(), int(low.sum()) * each, f"stack of all that writes and reads a space of width {n}: {int(low.sum())} directions are empty", e.parameters)
+    row = _row(
+        "rank",
+        _common(e.parameters),
+        short,
+        e.copies.count,
+        share[short][:, n - expected :].amin(1).tolist(),
+        int(low.sum()) * each,
+        f"stack of all that writes and reads a space of width {n}: {int(low.sum())} directions are empty",
+        e.parameters,
+    )
     row |= {"count": int(low.sum()), "of": expected * e.copies.count}
     X = -(vectors * low[:, None, :]) @ vectors.transpose(1, 2)
     return [_moved(row, replace(e, terms=tuple((1.0, replace(x, op="dual")) for _, x in e.terms)), X, judge, "projected on the rest")]
@@ -1666,11 +1980,18 @@ def _imbalance(entries: Sequence[Entry], read: Read, t: Thresholds) -> list[Row]
             continue
         law = "|w|^2 - |v|^2" if e.algebra == "scale" else "W W^T - V^T V"
         note = (
-            f"charge {law} far from zero: norms of the two factors differ up to {float(torch.maximum(ratio, 1 / ratio)[off].max()):.3g} times "
-            f"(bar {t.imbalance:g}); relative charge of the whole family {float(spread):.2f}; gradient flow conserves it, weight decay and gradient noise shrink it"
+            f"charge {law} far from zero: norms of the two factors differ up to {_worst(ratio[off]):.3g} times "
+            f"(bar {t.imbalance:g}); relative charge of the whole family {float(spread):.2f}; gradient flow conserves it, weight decay "
+            "shrinks it"
         )
-        rows.append(_row("imbalance", _common(e.parameters), off, len(plus), ((plus - minus).abs() / total)[off].tolist(), 0, note, e.parameters))
+        rows.append(
+            _row("imbalance", _common(e.parameters), off, len(plus), ((plus - minus).abs() / total)[off].tolist(), 0, note, e.parameters)
+        )
     return rows
+
+
+def _worst(ratio: Tensor) -> float:
+    return float(torch.maximum(ratio, 1 / ratio).max())
 
 
 def _charges(e: Entry, read: Read) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -1701,7 +2022,9 @@ def _charges(e: Entry, read: Read) -> tuple[Tensor, Tensor, Tensor] | None:
 # -- stochastic-collapse R7 ----------------------------------------------------------------------------------------------------
 
 
-def independent_units(graph: Graph, spaces: Spaces, read: Read, zero_tol: float = 0.1, dup_tol: float = 0.1) -> dict[str, IndependentNeurons]:
+def independent_units(
+    graph: Graph, spaces: Spaces, read: Read, zero_tol: float = 0.1, dup_tol: float = 0.1
+) -> dict[str, IndependentNeurons]:
     """How many units of each layer are independent, as stochastic-collapse R7 counts them, through Gram matrices in blocks.
 
     Args:
@@ -1741,7 +2064,8 @@ def _r7_rows(found: Mapping[str, IndependentNeurons], tolerances: tuple[float, f
     for where, r in found.items():
         lost = [i for i, g in enumerate(r.groups) if g != i]
         if lost:
-            note = f"stochastic-collapse R7: {r.independent} of {r.width} independent, {r.zeros} vanishing (zero_tol {tolerances[0]:g}, dup_tol {tolerances[1]:g}: conventions, report a sweep)"
+            note = f"stochastic-collapse R7: {r.independent} of {r.width} independent, {r.zeros} vanishing "
+            note += f"(zero_tol {tolerances[0]:g}, dup_tol {tolerances[1]:g}: conventions, report a sweep)"
             rows.append(_row("duplicate", where, lost, r.width, None, 0, note, []))
     return rows
 
@@ -1769,7 +2093,9 @@ def advice(rows: Sequence[Row]) -> list[dict[str, str]]:
     for r in rows:
         remedy = _remedy(r)
         if remedy is not None:
-            out.append({"severity": remedy.severity, "where": r["where"], "what": remedy.what, "why": remedy.why, "command": remedy.command})
+            out.append(
+                {"severity": remedy.severity, "where": r["where"], "what": remedy.what, "why": remedy.why, "command": remedy.command}
+            )
     order = {"high": 0, "medium": 1, "low": 2, "info": 3}
     return sorted(out, key=lambda a: order[a["severity"]])
 
@@ -1778,30 +2104,79 @@ def _remedy(r: Row) -> _Remedy | None:
     share = r["count"] / max(1, r["of"])
     kind, note = r["kind"], r["note"]
     if kind == "dead" and "no output depends" in note:
-        return _Remedy("low", f"{r['parameters_lost']:,} parameters are never used", "No output depends on them: they cost memory and optimiser state, and weight decay still moves them. Freeze or delete them.", _freeze(r))
+        return _Remedy(
+            "low",
+            f"{r['parameters_lost']:,} parameters are never used",
+            "No output depends on them: they cost memory and optimiser state, and weight decay still moves them. Freeze or delete them.",
+            _freeze(r),
+        )
     if kind == "dead" and note.startswith("rows"):
-        return _Remedy("info", f"{r['count']} rows of the table vanish", "A padding row is meant to; any other was lost to weight decay, which shrinks rows that no token picks.")
+        return _Remedy(
+            "info",
+            f"{r['count']} rows of the table vanish",
+            "A padding row is meant to; any other was lost to weight decay, which shrinks rows that no token picks.",
+        )
     if kind == "dead":
-        gradient = "A constant output passes no gradient to the in-weights: under SGD they move by weight decay only, and the unit does not come back by itself."
+        gradient = "A constant output passes no gradient to the in-weights: only weight decay moves them, and the unit stays dead."
         zero = note.startswith("zero units")
-        why = "Weights in and out vanish together: the gradients vanish with them, and weight decay and gradient noise keep the unit there." if zero else gradient
-        do = " Delete it: the outputs do not change." if r["removable"] else " Removing it changes outputs on other data; measure on more of yours before you do."
-        return _Remedy("high" if share > 0.2 else "medium" if share > 0.02 else "low", f"{r['count']} of {r['of']} units {_are(r)} dead", why + do + " To use it again, draw its in-weights anew.", _redraw(r))
+        why = (
+            "Weights in and out vanish together: the gradients vanish with them, and weight decay and gradient noise keep the unit there."
+            if zero
+            else gradient
+        )
+        do = (
+            " Delete it: the outputs do not change."
+            if r["removable"]
+            else " Removing it changes outputs on other data; measure on more of yours before you do."
+        )
+        return _Remedy(
+            "high" if share > 0.2 else "medium" if share > 0.02 else "low",
+            f"{r['count']} of {r['of']} units {_are(r)} dead",
+            why + do + " To use it again, draw its in-weights anew.",
+            _redraw(r),
+        )
     if kind == "duplicate" and r.get("parameters_lost", 0):
         equal = note.startswith("in- and out-weights equal")
-        why = "Equal units get equal gradients, so SGD, momentum and Adam never part them; weight decay pulls near copies together." if equal else "They compute one feature several times; gradients can still part them."
-        return _Remedy("medium" if equal else "low", f"{r['count']} of {r['of']} units {'repeats another' if r['count'] == 1 else 'repeat others'}", why + " Merge them (add their out-weights), or add noise to one of each pair to part them.", _redraw(r) if equal else "")
+        why = (
+            "Equal units get equal gradients, so SGD, momentum and Adam never part them; weight decay pulls near copies together."
+            if equal
+            else "They compute one feature several times; gradients can still part them."
+        )
+        return _Remedy(
+            "medium" if equal else "low",
+            f"{r['count']} of {r['of']} units {'repeats another' if r['count'] == 1 else 'repeat others'}",
+            why + " Merge them (add their out-weights), or add noise to one of each pair to part them.",
+            _redraw(r) if equal else "",
+        )
     if kind in ("always-on", "linearised"):
-        return _Remedy("medium" if share > 0.5 else "info", f"{r['count']} of {r['of']} units {_are(r)} linear on this data", "On this data the activation bends nothing there; a layer of such units adds no depth.")
+        return _Remedy(
+            "medium" if share > 0.5 else "info",
+            f"{r['count']} of {r['of']} units {_are(r)} linear on this data",
+            "On this data the activation bends nothing there; a layer of such units adds no depth.",
+        )
     if kind == "rank":
-        why = "Weight decay on two factors acts as a nuclear norm on their product and prunes its directions one by one; a lost direction has zero gradient in both factors."
-        return _Remedy("medium" if share > 0.25 else "low", f"{r['count']} of {r['of']} directions {_are(r)} empty", why + " Use a smaller inner width, or less decay on these factors.")
+        why = "Weight decay on two factors acts as a nuclear norm on their product; a direction it has pruned has no gradient."
+        return _Remedy(
+            "medium" if share > 0.25 else "low",
+            f"{r['count']} of {r['of']} directions {_are(r)} empty",
+            why + " Use a smaller inner width, or less decay on these factors.",
+        )
     if kind == "head":
-        return _Remedy("medium", f"{r['count']} of {r['of']} heads {'vanishes or repeats another' if r['count'] == 1 else 'vanish or repeat others'}", "A head whose product vanishes adds nothing; equal heads get equal gradients. Prune them, or lower the weight decay on attention.")
+        return _Remedy(
+            "medium",
+            f"{r['count']} of {r['of']} heads {'vanishes or repeats another' if r['count'] == 1 else 'vanish or repeat others'}",
+            "A head whose product vanishes adds nothing of its own; equal heads get equal gradients. Prune them, or decay attention less.",
+        )
     if kind == "norm-dead":
-        return _Remedy("medium" if share > 0.1 else "low", f"{r['count']} of {r['of']} channels {'has' if r['count'] == 1 else 'have'} lost the gain", "The channel carries its shift only; weight decay on gains drives this. Exclude gains and biases from weight decay.", _decay())
+        return _Remedy(
+            "medium" if share > 0.1 else "low",
+            f"{r['count']} of {r['of']} channels {'has' if r['count'] == 1 else 'have'} lost the gain",
+            "The channel carries its shift only; weight decay on gains drives this. Exclude gains and biases from weight decay.",
+            _decay(),
+        )
     if kind == "imbalance":
-        why = "Factors of different size see different effective learning rates, and gradient flow conserves the difference. Rescaling to equal norms leaves the function as it is."
+        why = "Factors of different size see different effective learning rates, and gradient flow conserves the difference. "
+        why += "Weight decay shrinks it; rescaling to equal norms removes it at once and leaves the function as it is."
         return _Remedy("low" if share < 0.5 else "medium", f"{r['count']} of {r['of']} factor pairs {_are(r)} out of balance", why)
     return None
 
@@ -1815,7 +2190,8 @@ def _freeze(r: Row) -> str:
 
 
 def _decay() -> str:
-    return "groups = [{'params': [p for p in model.parameters() if p.dim() > 1]}, {'params': [p for p in model.parameters() if p.dim() < 2], 'weight_decay': 0.0}]"
+    wide, narrow = (f"[p for p in model.parameters() if p.dim() {test} 2]" for test in (">=", "<"))
+    return f"groups = [{{'params': {wide}}}, {{'params': {narrow}, 'weight_decay': 0.0}}]"
 
 
 def _redraw(r: Row) -> str:
@@ -1823,5 +2199,5 @@ def _redraw(r: Row) -> str:
     at = r.get("axis")
     if at is None or not r["units"] or r["count"] > len(r["units"]):
         return ""
-    return f"import torch; w = model.get_parameter({r['parameters'][0]!r}).data.movedim({at}, 0); w[{r['units']}] = torch.randn_like(w[{r['units']}]) * w.std()"
-
+    weight = f"model.get_parameter({r['parameters'][0]!r}).data.movedim({at}, 0)"
+    return f"import torch; i = {r['units']}; w = {weight}; w[i] = torch.randn_like(w[i]) * w.std()"

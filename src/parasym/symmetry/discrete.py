@@ -34,7 +34,7 @@ from parasym.symmetry.discrete_actions import (
 )
 from parasym.symmetry.exchange import exchanges
 from parasym.symmetry.inversions import inversions
-from parasym.symmetry.signs import sign_solutions
+from parasym.symmetry.signs import SignPass, sign_pass, sign_solutions
 from parasym.symmetry.spaces import Atom, Spaces, find_spaces
 from parasym.symmetry.symmetry import FixedSet, Params, Symmetry
 
@@ -215,7 +215,10 @@ def common_path(names: Sequence[str]) -> str:
 
 
 def _candidates(graph: Graph, spaces: Spaces) -> list[Candidate]:
-    return [*_permutations(graph, spaces), *_signs(graph, spaces), *_inversions(graph, spaces), *_exchanges(graph, spaces)]
+    system = sign_pass(graph, spaces)
+    return [
+        *_permutations(graph, spaces), *_signs(graph, spaces, system), *_inversions(graph, spaces, system), *_exchanges(graph, spaces),
+    ]  # fmt: skip
 
 
 def _live(graph: Graph, names: Iterable[str]) -> bool:
@@ -292,9 +295,9 @@ def summary(names: Sequence[str], most: int = 4) -> str:
     return head + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _signs(graph: Graph, spaces: Spaces) -> list[Candidate]:
+def _signs(graph: Graph, spaces: Spaces, system: SignPass) -> list[Candidate]:
     out = []
-    for s in sign_solutions(graph, spaces):
+    for s in sign_solutions(spaces, system):
         names = s.action.tensors
         if not _live(graph, names):
             continue
@@ -323,9 +326,9 @@ def _parts(spaces: Spaces, u: Units) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _inversions(graph: Graph, spaces: Spaces) -> list[Candidate]:
+def _inversions(graph: Graph, spaces: Spaces, system: SignPass) -> list[Candidate]:
     out = []
-    for action in inversions(graph, spaces):
+    for action in inversions(graph, spaces, system):
         how = f"turning over the slope {action.slope}" if action.slope else "with a shift of the next bias"
         per = f", per unit ({action.order})" if isinstance(action.signs, Signs) else ""
         name = f"sign of {summary(action.signs.tensors)}, {how}{per}"

@@ -21,6 +21,7 @@ from torch.fx import Node
 from parasym.core.graph import Graph
 from parasym.symmetry.axes import Axis, monomials
 from parasym.symmetry.discrete_actions import Exchange, Joint, grid, units_of
+from parasym.symmetry.index_rules import operator_name
 from parasym.symmetry.spaces import Spaces, live_nodes
 
 _COMMUTATIVE = {"add", "mul", "maximum", "minimum", "__and__", "__or__"}
@@ -174,7 +175,7 @@ class _Coloured:
         return [[m.atoms for m in monomials(a)] for a in found]
 
     def _own(self, n: Node) -> int:
-        name = _short(n)
+        name = operator_name(n)
         if n.op == "placeholder" or self.graph.kind.get(n.name) in ("const", "data"):
             holder = self.graph.holders.get(n.name)
             return hash(n.name) if holder is None else hash(tuple(self.graph.params[holder].shape))
@@ -185,13 +186,13 @@ class _Coloured:
 
     def _unit(self, n: Node) -> list[int]:
         """Atoms of size one that an operator picks or lines up."""
-        name = _short(n)
+        name = operator_name(n)
         args: Any = n.args
         try:
             if name == "select":
                 axis = self._axis(args[0], args[1])
                 return self._piece(axis, args[2] % axis.size)
-            if name == "getitem" and _short(args[0]) == "unbind":
+            if name == "getitem" and operator_name(args[0]) == "unbind":
                 source: Any = args[0]
                 return self._piece(self._axis(source.args[0], _dim_of(source)), args[1])
             if name == "stack":
@@ -229,7 +230,7 @@ class _Coloured:
             nodes[n.name] = hash((nodes[n.name], self._arguments(n, nodes, atoms), axes))
 
     def _arguments(self, n: Node, nodes: Mapping[str, int], atoms: Mapping[int, int]) -> Any:
-        name = _short(n)
+        name = operator_name(n)
         units = [atoms[a] for a in self.units[n.name]]
         if name in _UNORDERED and isinstance(n.args[0], (list, tuple)):
             parts = [nodes.get(a.name, 0) for a in n.args[0] if isinstance(a, Node)]
@@ -241,7 +242,7 @@ class _Coloured:
         told: dict[str, list[int]] = defaultdict(list)
         for n in reversed(self.nodes):
             nodes[n.name] = hash((nodes[n.name], tuple(sorted(told[n.name]))))
-            name = _short(n)
+            name = operator_name(n)
             free = (name in _COMMUTATIVE and not n.kwargs) or name in _UNORDERED
             for i, a in enumerate(self.inputs[n.name]):
                 told[a.name].append(hash((nodes[n.name], 0 if free else i)))
@@ -264,7 +265,7 @@ class _Coloured:
             for i, axis in enumerate(self.at[n.name]):
                 for a in axis:
                     seen[a].append(hash((nodes[n.name], i)))
-            picked = _short(n) in _UNORDERED
+            picked = operator_name(n) in _UNORDERED
             parts = [a for a in n.args[0] if isinstance(a, Node)] if picked and isinstance(n.args[0], (list, tuple)) else []
             for i, a in enumerate(self.units[n.name]):
                 seen[a].append(hash(nodes[parts[i].name]) if i < len(parts) else hash(nodes[n.name]))
@@ -296,11 +297,6 @@ def _matching(items: Iterable[Any], one: Mapping[Any, int], two: Mapping[Any, in
     return out
 
 
-def _short(n: Node) -> str:
-    schema = getattr(n.target, "_schema", None)
-    return schema.name.split("::")[1] if schema is not None else getattr(n.target, "__name__", str(n.target))
-
-
 def _dim_of(n: Any) -> int:
     return n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
 
@@ -311,9 +307,9 @@ def _plain(n: Node) -> bool:
 
 def _inner(n: Node) -> bool:
     """Whether a sum (product) is only a term (factor) of another one: then order and brackets do not matter."""
-    if _short(n) not in ("add", "mul") or len(n.users) != 1 or n.kwargs or not _plain(n):
+    if operator_name(n) not in ("add", "mul") or len(n.users) != 1 or n.kwargs or not _plain(n):
         return False
-    if _short(n) == "mul" and not all(isinstance(a, Node) for a in n.args):
+    if operator_name(n) == "mul" and not all(isinstance(a, Node) for a in n.args):
         return False
     user = next(iter(n.users))
     return user.target is n.target and not user.kwargs

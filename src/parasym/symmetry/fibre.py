@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parasym.core.graph import Graph
 from parasym.symmetry.symmetry import Params
-from parasym.symmetry.tangent import Batch, Flat, cut, jacobian_columns, svd
+from parasym.symmetry.tangent import Batch, Flat, cut, jacobian, svd
 
 _STEPS = 12
 
@@ -35,10 +35,9 @@ class Sampled:
         with torch.no_grad():
             return torch.cat([o.reshape(-1) for env in self.envs for o in self.graph.replay(params, env)])
 
-    def columns(self, params: Params, flat: Flat, directions: Tensor) -> Tensor:
-        """(outputs, k) derivatives along (k, P) directions."""
-        parts = [jacobian_columns(self.graph, params, env, self.graph.outputs, directions, flat) for env in self.envs]
-        return torch.cat([c.reshape(len(directions), -1) for p in parts for c in p], 1).T
+    def columns(self, params: Params, flat: Flat, rows: Tensor) -> Tensor:
+        """(outputs, k) derivatives with respect to the entries ``rows``."""
+        return torch.cat([jacobian(self.graph, params, env, flat, rows) for env in self.envs])
 
 
 @dataclass
@@ -62,7 +61,7 @@ class FibreAction:
     def generators(self, params: Params) -> dict[str, Tensor]:
         """The stored directions, projected on the null space of the Jacobian at ``params``."""
         rows = self.flat.rows(self.names)
-        J = self.sampled.columns(params, self.flat, torch.eye(self.flat.size, dtype=torch.float64)[rows])
+        J = self.sampled.columns(params, self.flat, rows)
         _, s, Vh = svd(torch.linalg.qr(J, mode="r").R)
         null = Vh[cut(s / s[0].clamp(min=1e-300)) :].T
         moved = torch.zeros_like(self.vectors)
@@ -74,9 +73,8 @@ class FibreAction:
         start = {n: params[n] for n in self.flat.shapes}
         target = self.sampled.outputs(start)
         rows = self.flat.rows(self.names)
-        eye = torch.eye(self.flat.size, dtype=torch.float64)[rows]
         theta = self.flat.pack(start) + self.vectors @ element.to(torch.float64)
-        rank = cut(_relative(torch.linalg.svdvals(torch.linalg.qr(self.sampled.columns(start, self.flat, eye), mode="r").R)))
+        rank = cut(_relative(torch.linalg.svdvals(torch.linalg.qr(self.sampled.columns(start, self.flat, rows), mode="r").R)))
         scale, best, last = float(target.abs().max()) + 1e-300, theta, float("inf")
         for _ in range(_STEPS):
             now = self.flat.unpack(theta)
@@ -86,7 +84,7 @@ class FibreAction:
                 best, last = theta, error
             if not error < float("inf") or error < 1e-15 or error > 1e3 * last:
                 break
-            Q, R = torch.linalg.qr(self.sampled.columns(now, self.flat, eye))
+            Q, R = torch.linalg.qr(self.sampled.columns(now, self.flat, rows))
             U, s, Vh = svd(R)
             theta = theta.clone()
             theta[rows] -= Vh[:rank].T @ ((U[:, :rank].T @ (Q.T @ r)) / s[:rank])

@@ -70,7 +70,7 @@ def audit_full_size(
         return FullSize([], out, None, None, None, "not counted: no twin", None)
     small, batch = twin.graph, twin.data
     level = "train" if getattr(model, "training", False) else "function"
-    found = search(small, [batch], generator, general=True, level=level, progress=tell)  # type: ignore[arg-type]
+    found = search(small, [batch], generator, general=True, blind=False, level=level, progress=tell)  # type: ignore[arg-type]
     tell("writing", 0.0)
     symmetries = _written(out, found, spaces, twin, batches, generator, level, tell)
     symmetries += _dead(graph, symmetries)

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from parasym.core.graph import Graph
-from parasym.core.guards import math_attention
 from parasym.symmetry.discrete_actions import GlobalSign, Signs, grid
-from parasym.symmetry.signs import WHOLE, Echelon, SignPass, global_sign, image, independent, unit_signs
+from parasym.symmetry.index_rules import operator_name
+from parasym.symmetry.signs import WHOLE, Echelon, SignPass, global_sign, image, independent, sign_pass, unit_signs
 from parasym.symmetry.spaces import Place, Spaces, live_nodes
 from parasym.symmetry.symmetry import Params
 
@@ -123,14 +123,12 @@ class Inversion:
         return self.signs.tests(generator)
 
 
-def inversions(graph: Graph, spaces: Spaces) -> list[Inversion]:
-    """Sign changes that need a compensation, uncertified."""
+def inversions(graph: Graph, spaces: Spaces, plain: SignPass) -> list[Inversion]:
+    """Sign changes that need a compensation, uncertified; ``plain`` is the system of those that need none."""
     operators = _operators(graph, spaces)
     if not operators:
         return []
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), math_attention():
-        plain = SignPass(graph, spaces).run()
-        system = SignPass(graph, spaces, {n: o.source for n, o in operators.items()}).run()
+    system = sign_pass(graph, spaces, {n: o.source for n, o in operators.items()})
     out: list[Inversion] = []
     whole: list[int] = []
     for key in sorted(system.variables, reverse=True):  # units first, whole tensors (-1) last
@@ -156,6 +154,7 @@ class _Operator:
 def _operators(graph: Graph, spaces: Spaces) -> dict[str, _Operator]:
     """Operators with f(-z) = d - f(z), d not zero, and leaky units with a learned slope."""
     live = live_nodes(graph)
+    nodes = {n.name: n for n in graph.nodes}
     answers: dict[str, float | None] = {}
     out: dict[str, _Operator] = {}
     for n in graph.nodes:
@@ -170,7 +169,7 @@ def _operators(graph: Graph, spaces: Spaces) -> dict[str, _Operator]:
                 answers[key] = _reflection(graph, n, inputs[0])
             if answers[key]:
                 out[n.name] = _Operator(inputs[0], float(answers[key] or 0), None)
-    return out
+    return {name: o for name, o in out.items() if _readers(graph, spaces, nodes[name], WHOLE, bool(o.shift)) is not None}
 
 
 def _reflection(graph: Graph, n: Node, source: Node) -> float | None:
@@ -215,7 +214,7 @@ def _readers(graph: Graph, spaces: Spaces, n: Node, key: int, need_bias: bool) -
     stack = list(n.users)
     while stack:
         u = stack.pop()
-        if _short(u) in _MOVES:
+        if operator_name(u) in _MOVES:
             stack.extend(u.users)
             continue
         reader = _reader(graph, spaces, u, key, need_bias)
@@ -238,7 +237,7 @@ def _reader(graph: Graph, spaces: Spaces, u: Node, key: int, need_bias: bool) ->
         return None
     bias = None
     if need_bias:
-        adds = [a for a in u.users if _short(a) == "add"]
+        adds = [a for a in u.users if operator_name(a) == "add"]
         if len(adds) != 1 or len(u.users) != 1:
             return None
         rows = graph.params[graph.holders[weight.name]].shape[outs[0]]
@@ -249,8 +248,3 @@ def _reader(graph: Graph, spaces: Spaces, u: Node, key: int, need_bias: bool) ->
     name = graph.holders[weight.name]
     places = tuple(p for p in spaces.atoms[key].places if p.tensor == name and p.axis == summed[0]) if key != WHOLE else ()
     return Reader(name, summed[0], places, outs[0], bias)
-
-
-def _short(n: Node) -> str:
-    schema = getattr(n.target, "_schema", None)
-    return schema.name.split("::")[1] if schema is not None else getattr(n.target, "__name__", str(n.target))

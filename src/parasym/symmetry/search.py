@@ -78,7 +78,7 @@ def settle(graph: Graph, params: Mapping[str, Tensor], batches: list[Batch], fla
 
 
 def search(
-    graph: Graph, batches: list[Batch], generator: torch.Generator, *, grow: bool = True, general: bool = False, level: Level = "function", progress: Progress | None = None
+    graph: Graph, batches: list[Batch], generator: torch.Generator, *, grow: bool = True, general: bool = False, blind: bool = True, level: Level = "function", progress: Progress | None = None
 ) -> Search:
     """Find, certify and count every continuous symmetry of a small graph.
 
@@ -86,6 +86,7 @@ def search(
         batches: inputs for rank and certificates.
         grow: draw more of the same kind until the rank is stable (False: exactly these).
         general: the graph's parameters are in general position already.
+        blind: look for families without a closed form in what closed forms leave.
     """
     tell = progress or (lambda stage, fraction: None)
     flat = flat_of(graph)
@@ -109,7 +110,10 @@ def search(
         for found in here.found[before:]:
             _certify_entry(out, found, judge, level, generator, point=True)
     tell("blind stage", 0.8)
-    if not here.complete:
+    if not here.complete and not blind:
+        left = null.nullity - here.explained.shape[1]
+        out.undecided.append({"name": "null directions without a closed form", "why": "the dictionary leaves them, and no blind search was made", "parameters": [], "dim": left})
+    elif not here.complete:
         _blind(out, here, flat, judge, level, generator)
     out.explained = sum(s.dim for s in out.symmetries)
     out.moving = null.basis.norm(dim=1) > 1e-7

@@ -21,7 +21,8 @@ from parasym.core.graph import Graph
 from parasym.core.guards import math_attention
 from parasym.symmetry.axes import Axis, Monomial, find, monomials
 from parasym.symmetry.discrete_actions import GlobalSign, Signs, grid, units_of
-from parasym.symmetry.spaces import Contraction, Spaces, live_nodes
+from parasym.symmetry.index_rules import Contraction, operator_name
+from parasym.symmetry.spaces import Spaces, live_nodes
 
 WHOLE = -1  # key of negations of whole blocks or tensors
 _SLOT = tuple[int, int, int]  # axis, block, key; (-1, -1, WHOLE) is all of a tensor
@@ -43,10 +44,14 @@ class SignSolution:
     action: Signs | GlobalSign
 
 
-def sign_solutions(graph: Graph, spaces: Spaces) -> list[SignSolution]:
-    """A basis of all sign symmetries of a graph, uncertified; whole-block ones only where units do not explain them."""
+def sign_pass(graph: Graph, spaces: Spaces, odd: Mapping[str, Node] | None = None) -> SignPass:
+    """The linear system of all negations; ``odd`` names operators to be taken for odd, with their argument."""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), math_attention():
-        system = SignPass(graph, spaces).run()
+        return SignPass(graph, spaces, odd).run()
+
+
+def sign_solutions(spaces: Spaces, system: SignPass) -> list[SignSolution]:
+    """A basis of all sign symmetries of a graph, uncertified; whole-block ones only where units do not explain them."""
     return list(_solutions(spaces, system))
 
 
@@ -196,7 +201,7 @@ class SignPass:
     # -- operators --
 
     def _operator(self, n: Node) -> Any:
-        name = getattr(n.target, "__name__", str(n.target))
+        name = operator_name(n)
         if name == "getitem":
             args: Any = n.args
             source = self.labels.get(args[0].name)
@@ -212,7 +217,7 @@ class SignPass:
                 for slot, mask in self.labels[a.name].items() if a is not self.odd[n.name] else ():
                     self._forbid(slot[2], mask)
             return self._carry(n, self.odd[n.name])
-        if name.split(".")[0] in _CARRY and len(inputs) == 1:
+        if name in _CARRY and len(inputs) == 1:
             return self._carry(n, inputs[0])
         return self._ask(n, inputs)
 
@@ -486,19 +491,23 @@ def image(spaces: Spaces, system: SignPass, v: int, key: int, target: int) -> in
     for i, (tensor, axis, block, _) in enumerate(system.variables[key]):
         if not v >> i & 1:
             continue
-        for variable in _enclosing(spaces, system, tensor, axis, block, target):
+        for variable in _enclosing(spaces, system, (tensor, axis, block, key), target):
             if variable in system.index:
                 out ^= 1 << system.index[variable]
     return out
 
 
-def _enclosing(spaces: Spaces, system: SignPass, tensor: str, axis: int, block: int, target: int) -> list[_VARIABLE]:
+def _enclosing(spaces: Spaces, system: SignPass, variable: _VARIABLE, target: int) -> list[_VARIABLE]:
+    """Unknowns of an enclosing atom (or of the tensor) that one block of an atom's units adds up to."""
+    tensor, axis, block, key = variable
     if (tensor, axis, block, target) in system.index:
         return [(tensor, axis, block, target)]
     if target == WHOLE:
         wholes = [x for x in system.variables.get(WHOLE, []) if x[0] == tensor]
         first = wholes[0][1] if wholes else -1
         return [x for x in wholes if x[1] == first]
-    places = [p for p in spaces.atoms[target].places if p.tensor == tensor]
-    first_axis = places[0].axis if places else -1
-    return [(tensor, p.axis, p.slot, target) for p in places if p.axis == first_axis]
+    mine = [p for p in spaces.atoms[key].places if p.tensor == tensor]
+    others = [p for p in spaces.atoms[target].places if p.tensor == tensor and p.axis != axis]
+    if len(mine) == len(others):  # as many of both: they go in order
+        others = [q for p, q in zip(mine, others, strict=True) if (p.axis, p.slot) == (axis, block)]
+    return [(tensor, p.axis, p.slot, target) for p in others if p.axis == others[0].axis]

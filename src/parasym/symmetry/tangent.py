@@ -22,6 +22,7 @@ from parasym.core.guards import math_attention
 Batch = Sequence[Tensor]
 _GAP_FLOOR = 1e-11  # relative singular values above this are never null
 _TANGENT_BYTES = 400_000_000
+_MAX_ELEMENTS = 400
 
 
 @dataclass
@@ -86,6 +87,35 @@ def jacobian_columns(graph: Graph, params: Mapping[str, Tensor], env: Mapping[st
     return [torch.cat([p[i] for p in parts]) for i in range(len(wanted))]
 
 
+def jacobian(graph: Graph, params: Mapping[str, Tensor], env: Mapping[str, object], flat: Flat, rows: Tensor | None = None) -> Tensor:
+    """Jacobian (outputs, k) of all outputs with respect to some parameter entries, by whichever mode needs fewer passes.
+
+    Args:
+        rows: indices (k,) of the entries; None: all.
+    """
+    k = flat.size if rows is None else len(rows)
+    base = {n: params[n] for n in flat.shapes}
+
+    def run(p: dict[str, Tensor]) -> Tensor:
+        return torch.cat([o.reshape(-1) for o in graph.replay({**params, **p}, env)])
+
+    with math_attention():
+        value, pull = torch.func.vjp(run, base)
+        outputs = value.numel()
+        if 3 * outputs < k:
+            chunk = max(1, min(outputs, _TANGENT_BYTES // (64 * flat.size + 8 * 40 * outputs)))
+            try:
+                grads = [torch.func.vmap(lambda v: pull(v)[0])(c) for c in torch.eye(outputs, dtype=value.dtype).split(chunk)]
+                J = torch.cat([torch.cat([g[n].reshape(len(g[n]), -1) for n in flat.shapes], 1) for g in grads])
+                return J if rows is None else J[:, rows]
+            except RuntimeError:  # an operator without a batching rule for its derivative: forward mode then
+                pass
+        del value, pull
+    directions = torch.eye(flat.size, dtype=torch.float64)
+    columns = jacobian_columns(graph, params, env, graph.outputs, directions if rows is None else directions[rows], flat)
+    return torch.cat([c.reshape(k, -1) for c in columns], 1).T
+
+
 @dataclass
 class NullSpace:
     """Null space of the Jacobian of all outputs with respect to all parameters.
@@ -132,11 +162,8 @@ def cut(values: Tensor) -> int:
 def triangular(graph: Graph, params: Mapping[str, Tensor], batches: Sequence[Batch], flat: Flat) -> Tensor:
     """R factor (<= P, P) of the Jacobian stacked over the batches; rows of one batch at a time are in memory."""
     R = torch.zeros(0, flat.size, dtype=torch.float64)
-    eye = torch.eye(flat.size, dtype=torch.float64)
     for data in batches:
-        env = graph.prepare(data)
-        columns = jacobian_columns(graph, params, env, graph.outputs, eye, flat)
-        J = torch.cat([c.reshape(flat.size, -1) for c in columns], 1).T
+        J = jacobian(graph, params, graph.prepare(data), flat)
         if not torch.isfinite(J).all():
             raise InputError("the Jacobian of the model is not finite at these weights and inputs: look for NaN or infinite weights, overflow, or a square root or logarithm at zero.")
         R = torch.linalg.qr(torch.cat([R, J]), mode="r").R if len(R) + len(J) > flat.size else torch.cat([R, J])
@@ -263,7 +290,6 @@ def by_sample(t: Tensor, layout: tuple[int, int, bool] | None, lead: int = 0) ->
 def hidden_directions(graph: Graph, params: Mapping[str, Tensor], batches: Sequence[Batch], names: Sequence[str], layouts: Mapping[str, tuple[int, int, bool] | None], generator: torch.Generator) -> dict[str, Tensor]:
     """Directions of each edge that no output depends on, to first order: the null space of all gradients arriving there."""
     rows: dict[str, list[Tensor]] = {n: [] for n in names}
-    kind = graph.kind
     for data in batches:
         env = graph.prepare(data)
         live = dict(env)
@@ -274,7 +300,7 @@ def hidden_directions(graph: Graph, params: Mapping[str, Tensor], batches: Seque
             if n.name in live:
                 continue
             value = graph._evaluate(n, live)
-            if n.name in rows and isinstance(value, Tensor):
+            if n.name in rows and isinstance(value, Tensor) and value.is_floating_point():
                 value = value.requires_grad_() if value.is_leaf else value
                 leaves[n.name] = value
             live[n.name] = value
@@ -290,9 +316,10 @@ def hidden_directions(graph: Graph, params: Mapping[str, Tensor], batches: Seque
                 g = torch.zeros_like(leaf) if g is None else g
                 g = by_sample(g, layouts[n])
                 rows[n].append(g.reshape(g.shape[0], -1).detach())
-    del kind
     out = {}
     for n, parts in rows.items():
+        if not parts:
+            continue
         G = torch.cat(parts)
         G = G / (G.norm(dim=1, keepdim=True).clamp(min=1e-300))
         out[n] = kernel(G, 1e-9 * max(1.0, float(torch.linalg.matrix_norm(G, 2)))) if G.shape[1] else G.T
@@ -307,7 +334,8 @@ def edge_motion(
     Args:
         null: (P, n) basis of the null space.
     """
-    names = graph.edges()
+    real = {n.name for n in graph.nodes if not isinstance(n.meta.get("val"), Tensor) or n.meta["val"].is_floating_point()}
+    names = [n for n in graph.edges() if n in real]
     if not names or null.shape[1] == 0:
         return []
     layouts = batch_layout(graph, params, batches[0], names)
@@ -321,6 +349,8 @@ def edge_motion(
             xs[n].append(by_sample(v, layouts[n]))
             d = by_sample(d, layouts[n], lead=1)
             dxs[n].append(d.reshape(d.shape[0], d.shape[1], -1))
+    sizes = {n: xs[n][0][0].numel() for n in names}
+    names = [n for n in names if sizes[n] <= _MAX_ELEMENTS]  # a large image says nothing its channels do not
     hidden = hidden_directions(graph, params, batches, names, layouts, generator)
     out = []
     for n in names:

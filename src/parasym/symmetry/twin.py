@@ -15,11 +15,10 @@ import copy
 import inspect
 import itertools
 import logging
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -27,10 +26,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from parasym.core.errors import ParasymError
-from parasym.core.graph import Graph, trace
-from parasym.core.guards import rng_state
-from parasym.core.samples import flatten, generic_parameters
-from parasym.symmetry.spaces import Spaces, find_spaces
+from parasym.core.graph import Graph, _export, _from_program, trace
+from parasym.core.guards import preserve, rng_state
+from parasym.core.samples import flatten, generic_parameters, token_ranges
+from parasym.symmetry.shrink import Layers, draw_inputs, resized, truncate
+from parasym.symmetry.spaces import Spaces, find_spaces, live_nodes
 
 log = logging.getLogger("parasym")
 _BATCH = 7
@@ -100,20 +100,23 @@ def make_twin(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, A
     kwargs = dict(kwargs or {})
     with rng_state():
         torch.manual_seed(0)
-        found = _from_config(model, tuple(args), kwargs, budget)
-    if isinstance(found, Twin):
-        return found
-    raise TwinError(found)
+        reasons = []
+        for route in (_from_config, _from_graph):
+            found = route(model, tuple(args), kwargs, budget)
+            if isinstance(found, Twin):
+                return found
+            reasons.append(found)
+    raise TwinError(". ".join(r for r in reasons if r))
 
 
 # -- the same architecture? ----------------------------------------------------------------------------------------------------
 
 
-def difference(full: Graph, twin: Graph) -> str | None:
+def difference(full: Graph, twin: Graph, spaces: Spaces | None = None) -> str | None:
     """Why two graphs are not the same architecture at different widths; None when they are.
 
     Compared are the operators in order, their wiring, the rank of every tensor, which axes have size one, which taps of a
-    convolution ever meet data, and the structure of every parameter's axes in index spaces.
+    convolution ever meet data, and the structure of every parameter's axes in index spaces (``spaces``: those of ``full``).
     """
     a, b = _wiring(full), _wiring(twin)
     if len(a) != len(b):
@@ -122,16 +125,26 @@ def difference(full: Graph, twin: Graph) -> str | None:
         if x != y:
             return f"{n.name} became another operator, or reads other tensors ({x[0]} and {y[0]})"
     for (n, _), (m, _) in zip(a, b, strict=True):
+        if full.kind.get(n.name) == "param":  # shapes of parameters are compared axis by axis below
+            continue
         why = _other_shape(n, m) or _other_window(n, m)
         if why:
             return f"{n.name}: {why}"
-    return _other_axes(find_spaces(full), find_spaces(twin))
+    return _other_axes(spaces or find_spaces(full), find_spaces(twin))
 
 
 def _wiring(graph: Graph) -> list[tuple[Node, tuple[Any, ...]]]:
-    nodes = [n for n in graph.nodes if n.op != "placeholder" or n.users]
+    """Live nodes that are no constants, each with its operator and what it reads (-1: a constant)."""
+    live = live_nodes(graph)
+    nodes = [n for n in graph.nodes if n.name in live and graph.kind.get(n.name) != "const"]
     at = {n.name: i for i, n in enumerate(nodes)}
-    return [(n, (str(n.target) if n.op == "call_function" else n.op, tuple(at[a.name] for a in n.all_input_nodes))) for n in nodes]
+    return [(n, (_operator(n), tuple(at.get(a.name, -1) for a in n.all_input_nodes))) for n in nodes]
+
+
+def _operator(n: Node) -> str:
+    """An operator with its switches: flags and words among its arguments, not its sizes."""
+    switches = [a for a in pytree.tree_leaves((n.args, dict(n.kwargs))) if isinstance(a, (bool, str))]
+    return " ".join([str(n.target) if n.op == "call_function" else n.op, *map(str, switches)])
 
 
 def _other_shape(n: Node, m: Node) -> str | None:
@@ -150,7 +163,9 @@ def _other_window(n: Node, m: Node) -> str | None:
     if "conv" not in name or "transpose" in name or n.op != "call_function":
         return None
     x, y = _taps(n), _taps(m)
-    return "the input is so small that part of the kernel only meets padding" if any(a and not b for a, b in zip(x, y, strict=False)) else None
+    return (
+        "the input is so small that part of the kernel only meets padding" if any(a and not b for a, b in zip(x, y, strict=False)) else None
+    )
 
 
 def _taps(n: Node) -> list[bool]:
@@ -173,12 +188,9 @@ def _shape_of_axis(spaces: Spaces, name: str, axis: int) -> tuple[int, ...]:
 
 
 def _other_axes(full: Spaces, twin: Spaces) -> str | None:
-    pairs = zip(full.graph.params, twin.graph.params, strict=True)
-    for name, small in pairs:
-        why = _unlike(full, twin, name, small)
-        if why:
-            return why
-    return None
+    if full.graph.params.keys() != twin.graph.params.keys():
+        return f"parameters differ: {sorted(full.graph.params.keys() ^ twin.graph.params.keys())[:3]}"
+    return next((why for name in full.graph.params if (why := _unlike(full, twin, name, name))), None)
 
 
 def _unlike(full: Spaces, twin: Spaces, name: str, small: str) -> str | None:
@@ -211,18 +223,32 @@ def atom_map(full: Spaces, twin: Spaces, twin_obj: Twin) -> tuple[dict[str, list
 
 # -- from a configuration ------------------------------------------------------------------------------------------------------
 
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
+_LAYERS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+)
 _WIDTH = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "word_embed_proj_dim", "embedding_size")
-_INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "hidden_dim", "d_inner",
-          "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size")  # fmt: skip
+_INNER = (
+    "intermediate_size", "n_inner", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "hidden_dim", "d_inner",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size",
+)  # fmt: skip
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
 _HEAD_DIM = ("head_dim", "d_kv", "kv_channels", "attention_head_size")
 _POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx", "max_source_positions", "max_target_positions", "max_seq_len")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_DROP = ("stage_names", "out_features", "out_indices", "quantization_config", "torch_dtype", "dtype", "id2label", "label2id", "transformers_version", "architectures",
-         "_name_or_path", "_commit_hash")  # fmt: skip
-_STAGES = ("hidden_sizes", "depths", "embed_dims", "num_heads", "num_attention_heads")
+_DROP = (
+    "stage_names", "out_features", "out_indices", "quantization_config", "torch_dtype", "dtype", "id2label", "label2id", "architectures",
+    "transformers_version", "_name_or_path", "_commit_hash",
+)  # fmt: skip
+_TYPES = ("layer_types", "attention_layers")
+_TRUNCATING = (*_LAYERS, *_TYPES, "attention_types", "first_k_dense_replace", "num_stages")
 
 
 @dataclass(frozen=True)
@@ -243,7 +269,7 @@ class _Sizes:
 def _from_config(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], budget: int) -> Twin | str:
     holder = _configured(model)
     if holder is None:
-        return f"{type(model).__name__} has no configuration to shrink"
+        return ""
     maker = _Maker(model, holder, args, kwargs)
     reasons: dict[str, None] = {}
     traced = 0
@@ -266,7 +292,7 @@ def _from_config(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _configured(model: nn.Module) -> str | None:
     """Path of the module that holds a Transformers configuration: the model itself (""), or a child of it."""
     for path, module in [("", model), *model.named_children()]:
-        config = getattr(module, "config", None)
+        config: object = getattr(module, "config", None)
         if hasattr(config, "to_dict") and hasattr(config, "model_type") and hasattr(type(module), "config_class"):
             return path
     return None
@@ -277,15 +303,13 @@ class _Maker:
 
     def __init__(self, model: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model, self.path, self.args, self.kwargs = model, path, args, kwargs
-        self.inner = model.get_submodule(path)
-        self.config: Any = self.inner.config
-        self.full = self.config.to_dict()
-        for name in ("num_labels", *getattr(self.config, "attribute_map", {})):
-            value = getattr(self.config, name, None)
-            if isinstance(value, int) and name not in self.full and name == "num_labels":
-                self.full[name] = value
+        self.inner = cast(Any, model.get_submodule(path))
+        self.config = self.inner.config
+        self.full: dict[str, Any] = self.config.to_dict()
+        if isinstance(getattr(self.config, "num_labels", None), int):  # a property, not among the fields
+            self.full.setdefault("num_labels", self.config.num_labels)
         self.pooled = "add_pooling_layer" in inspect.signature(type(self.inner)).parameters
-        self.cut: dict[tuple[Any, ...], tuple[nn.Module, Graph]] = {}
+        self.cut: dict[tuple[Any, ...], Graph | str] = {}
 
     # -- candidate sizes --
 
@@ -306,7 +330,7 @@ class _Maker:
             turned = 4 if part is not None and part < 1 else d
             for width in dict.fromkeys([*((7, 8) if free and few == 4 else ()), few * d]):
                 if width > d:
-                    yield _Sizes(layers, few, d, width, width + (1 if width < 10 else 1), turned, extra, keep_padding=padding)
+                    yield _Sizes(layers, few, d, width, width + 1, turned, extra, keep_padding=padding)
 
     def _staged(self, padding: bool) -> Iterator[_Sizes]:
         count = len(self.full["hidden_sizes"])
@@ -351,13 +375,16 @@ class _Maker:
         return new
 
     def _layer_fields(self, sizes: _Sizes) -> dict[str, Any]:
-        kinds = self.full.get("layer_types")
         count = sizes.layers
         new: dict[str, Any] = {}
-        if isinstance(kinds, list) and kinds:
-            distinct = list(dict.fromkeys(kinds))
-            count = max(count, len(distinct))
-            new["layer_types"] = (distinct + [distinct[-1]] * count)[:count]
+        for n in _TYPES:
+            kinds = self.full.get(n)
+            if isinstance(kinds, (list, tuple)) and kinds:
+                distinct = list(dict.fromkeys(kinds))
+                count = max(count, len(distinct))
+                new[n] = (distinct + [distinct[-1]] * count)[:count]
+                if "attention_types" in self.full and n == "attention_layers":
+                    new["attention_types"] = [[new[n], 1]]
         new |= {n: min(count, self.full[n]) for n in _LAYERS if isinstance(self.full.get(n), int)}
         if isinstance(self.full.get("first_k_dense_replace"), int):
             new["first_k_dense_replace"] = min(1, self.full["first_k_dense_replace"])
@@ -429,7 +456,9 @@ class _Maker:
             new["num_stages"] = len(sizes.stages)
         stem = self.full.get("embedding_size")
         if isinstance(stem, int):
-            new["embedding_size"] = sizes.stages[0] if stem == self.full["hidden_sizes"][0] else max(2, sizes.stages[0] - 1 if sizes.stages[0] < 8 else 3)
+            new["embedding_size"] = (
+                sizes.stages[0] if stem == self.full["hidden_sizes"][0] else max(2, sizes.stages[0] - 1 if sizes.stages[0] < 8 else 3)
+            )
         return new
 
     def _build(self, fields: Mapping[str, Any], device: str) -> nn.Module:
@@ -458,7 +487,7 @@ class _Maker:
         try:
             return self._build(fields, device)
         except Exception as error:
-            raise TwinError(f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}") from error
+            raise TwinError(_line(error)) from error
         finally:
             torch.set_default_dtype(before)
 
@@ -475,7 +504,7 @@ class _Maker:
         total = sum(p.numel() for p in sketch.parameters())
         if total > budget:
             raise TwinError(f"{total} parameters at the smallest sizes tried, {budget} allowed")
-        matched = match(self.model, sketch)
+        matched = match(self.model, sketch, self._types(fields))
         full = self._truncated(sizes, fields)
         small = self._built(fields, "cpu").to(torch.float64)
         _generic_statistics(small)
@@ -488,21 +517,40 @@ class _Maker:
         if why:
             return why
         _generic(graph, small)
-        return Twin(graph, args, kwargs, self._how(fields, graph, matched.repeats), matched.canonical(self.model, graph), matched.repeats, small)
+        why = _unusable(graph, flatten(graph, args, kwargs))
+        if why:
+            return why
+        return Twin(
+            graph, args, kwargs, self._how(fields, graph, matched.repeats), matched.canonical(self.model, graph), matched.repeats, small
+        )
+
+    def _types(self, fields: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
+        """Kinds of layers that the configuration tells apart, here and in the twin."""
+        return next(((list(self.full[n]), fields[n]) for n in _TYPES if n in fields), None)
 
     def _truncated(self, sizes: _Sizes, fields: Mapping[str, Any]) -> Graph:
         """The full model with as many layers as the twin, traced on the meta device."""
-        keep = {k: v for k, v in fields.items() if k in (*_LAYERS, "layer_types", "first_k_dense_replace", "num_stages") or k.endswith("_token_id") or "drop" in k}
+        keep = {k: v for k, v in fields.items() if k in _TRUNCATING or k.endswith("_token_id") or "drop" in k}
         if sizes.stages:
-            keep |= {k: list(self.full[k])[: len(v)] for k, v in fields.items() if isinstance(v, list) and isinstance(self.full.get(k), (list, tuple)) and k != "layer_types"}
+            keep |= {
+                k: list(self.full[k])[: len(v)]
+                for k, v in fields.items()
+                if isinstance(v, list) and isinstance(self.full.get(k), (list, tuple)) and k not in _TRUNCATING
+            }
             keep["depths"] = fields["depths"]
         key = tuple(sorted((k, str(v)) for k, v in keep.items()))
         if key not in self.cut:
-            module = self._built(keep, "meta")
-            _freeze_like(self.model, module, match(self.model, module).names)
-            args, kwargs = pytree.tree_map_only(Tensor, _to_meta, (self.args, self.kwargs))
-            self.cut[key] = module, trace(module, args, kwargs, values=False)
-        return self.cut[key][1]
+            try:
+                module = self._built(keep, "meta")
+                _freeze_like(self.model, module, match(self.model, module).names)
+                args, kwargs = pytree.tree_map_only(Tensor, _to_meta, (self.args, self.kwargs))
+                self.cut[key] = trace(module, args, kwargs, values=False)
+            except ParasymError as error:
+                self.cut[key] = str(error)
+        found = self.cut[key]
+        if isinstance(found, str):
+            raise TwinError(found)
+        return found
 
     def _trace_small(self, small: nn.Module, fields: Mapping[str, Any], full: Graph) -> tuple[tuple[Any, ...], dict[str, Any], Graph]:
         """Inputs small enough to be quick and big enough that every kernel meets data."""
@@ -522,7 +570,9 @@ class _Maker:
         return args, kwargs, graph
 
     def _sides(self, fields: Mapping[str, Any], full: Graph) -> list[int | None]:
-        image = [a for a in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(a, Tensor) and a.dim() == 4 and a.is_floating_point()]
+        image = [
+            a for a in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(a, Tensor) and a.dim() == 4 and a.is_floating_point()
+        ]
         if not image:
             return [None]
         if "image_size" in fields:
@@ -530,13 +580,20 @@ class _Maker:
         given = int(image[0].shape[-1])
         least = min((n.meta["val"].shape[-1] for n in full.nodes if _is_image(n)), default=given)
         step = max(1, round(given / max(1, least)))
-        return [s for s in dict.fromkeys(min(given, s) for s in (2 * step + 1, 4 * step, 8 * step, given))]
+        return list(dict.fromkeys(min(given, s) for s in (2 * step + 1, 4 * step, 8 * step, given)))
 
     def _how(self, fields: Mapping[str, Any], graph: Graph, repeats: Mapping[str, tuple[int, int]]) -> str:
         shown = []
         for n, v in fields.items():
             old = self.full.get(n)
-            if isinstance(v, (int, list)) and not isinstance(v, bool) and old is not None and old != v and not n.endswith("_id") and n != "layer_types":
+            if (
+                isinstance(v, (int, list))
+                and not isinstance(v, bool)
+                and old is not None
+                and old != v
+                and not n.endswith("_id")
+                and n not in _TYPES
+            ):
                 shown.append(f"{n} {old} -> {v}")
         total = sum(p.numel() for p in graph.params.values())
         return f"{type(self.config).__name__} with {', '.join(shown)} ({total} parameters)"
@@ -546,13 +603,21 @@ def _turned(rope: Mapping[str, Any], share: float) -> dict[str, Any]:
     """Rotary parameters with planes that turn visibly within a few positions."""
     out: dict[str, Any] = {}
     for k, v in rope.items():
-        out[k] = _turned(v, share) if isinstance(v, dict) else 10.0 if k == "rope_theta" else share if k == "partial_rotary_factor" and v is not None and v < 1 else v
+        out[k] = (
+            _turned(v, share)
+            if isinstance(v, dict)
+            else 10.0
+            if k == "rope_theta"
+            else share
+            if k == "partial_rotary_factor" and v is not None and v < 1
+            else v
+        )
     return out
 
 
 def _is_image(n: Node) -> bool:
     value = n.meta.get("val")
-    return isinstance(value, Tensor) and value.dim() == 4 and "conv" in str(n.target) and value.shape[-1] > 1
+    return n.op == "call_function" and isinstance(value, Tensor) and value.dim() == 4 and "conv" in str(n.target) and value.shape[-1] > 1
 
 
 def _to_meta(t: Tensor) -> Tensor:
@@ -567,8 +632,15 @@ def _small_inputs(
     """Inputs of the same kind as the given ones at small sizes."""
     names = list(inspect.signature(small.forward).parameters)
     generator = torch.Generator().manual_seed(1)
-    config = small.get_submodule(path).config
-    tokens = max((t.shape[1] for t in pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor) and t.dim() >= 2 and not t.is_floating_point()), default=_LENGTH)
+    config: Any = small.get_submodule(path).config
+    tokens = max(
+        (
+            t.shape[1]
+            for t in pytree.tree_leaves((args, dict(kwargs)))
+            if isinstance(t, Tensor) and t.dim() >= 2 and not t.is_floating_point()
+        ),
+        default=_LENGTH,
+    )
 
     def make(name: str, t: Any) -> Any:
         if not isinstance(t, Tensor):
@@ -624,6 +696,111 @@ def _generic(graph: Graph, model: nn.Module | None) -> None:
                     p.copy_(graph.params[name])
 
 
+# -- from the operator graph ---------------------------------------------------------------------------------------------------
+
+
+def _from_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], budget: int) -> Twin | str:
+    graph = _traced(model, args, kwargs)
+    given = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+    reasons: dict[str, None] = {}
+    for keep in (2, 1):
+        cut, layers = truncate(graph, keep)
+        spaces = find_spaces(cut)
+        data: list[Tensor] = []
+        tried = 0
+        for candidate in resized(cut, spaces, budget):
+            if isinstance(candidate, str):
+                reasons[candidate] = None
+                continue
+            try:
+                why = difference(cut, candidate, spaces)
+                if why is None:
+                    _statistics(candidate)
+                    _generic(candidate, None)
+                    data = _inputs_for(candidate, given)
+                    why = _unusable(candidate, data)
+            except (RuntimeError, IndexError, ValueError) as error:
+                why = f"its inputs cannot be drawn: {_line(error)}"
+            if why is None:
+                names = {n: m for n, m in layers.names.items() if m in candidate.params}
+                return Twin(candidate, tuple(data), {}, _how(spaces, candidate, layers), names, layers.repeats)
+            reasons[why] = None
+            tried += 1
+            if tried > 40:
+                break
+    shown = list(reasons)[-3:]
+    return f"no small graph of {type(model).__name__} could be made: {'; '.join(shown)}"
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
+    """The full graph without parameter values, but with the values of its constants."""
+    aliases: dict[str, str] | None = None
+    frozen: set[str] | None = None
+    if isinstance(model, torch.export.ExportedProgram):
+        program: torch.export.ExportedProgram = model
+    else:
+        if any(p.is_meta for p in model.parameters()):
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
+        with preserve(model):
+            program = _export(model, args, kwargs)
+        shared: dict[int, str] = {}
+        aliases = {name: shared.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+        frozen = {aliases[n] for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    signature = program.graph_signature
+    lifted = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    given: dict[str, Any] = {**dict(program.state_dict), **program.constants}
+    names = signature.inputs_to_parameters if aliases is None else None
+    graph = _from_program(program, names, False, "torch.export", aliases, frozen)
+    by_name = {n.name: str(n.target) for n in graph.nodes if n.op == "placeholder"}
+    for name in graph.buffers:
+        value = given.get(lifted.get(by_name.get(name, ""), ""))
+        if isinstance(value, Tensor) and value.device.type != "meta":
+            graph.buffers[name] = value.detach().to("cpu", torch.float64) if value.is_floating_point() else value.detach().cpu()
+    return graph
+
+
+def _inputs_for(graph: Graph, given: Sequence[Tensor]) -> list[Tensor]:
+    nodes = {n.name: n for n in graph.nodes}
+    return draw_inputs(
+        graph, given, [nodes[i].meta["val"].shape for i in graph.inputs], token_ranges(graph), torch.Generator().manual_seed(1)
+    )
+
+
+def _statistics(graph: Graph) -> None:
+    """Running statistics in general position."""
+    generator = torch.Generator().manual_seed(2)
+    for name, b in graph.buffers.items():
+        if name.endswith("running_mean"):
+            graph.buffers[name] = 0.3 * torch.randn(b.shape, generator=generator, dtype=torch.float64)
+        elif name.endswith("running_var"):
+            graph.buffers[name] = 0.5 + torch.rand(b.shape, generator=generator, dtype=torch.float64)
+
+
+def _unusable(graph: Graph, data: Sequence[Tensor]) -> str | None:
+    """Run it once."""
+    try:
+        out = graph(graph.params, data)
+    except (RuntimeError, IndexError, ValueError) as error:
+        return f"it does not run: {_line(error)}"
+    return None if bool(torch.isfinite(out).all()) else "its outputs are not finite"
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
+
+
+def _how(spaces: Spaces, twin: Graph, layers: Layers) -> str:
+    pairs: dict[tuple[int, int], None] = {}
+    for name, p in spaces.graph.params.items():
+        pairs |= dict.fromkeys((s, t) for s, t in zip(p.shape, twin.params[name].shape, strict=True) if s != t)
+    shown = [f"{s} -> {t}" for s, t in sorted(pairs)]
+    cut = [f"{path or 'layers'} {a} -> {b}" for path, (a, b) in layers.repeats.items() if a != b]
+    total = sum(p.numel() for p in twin.params.values())
+    return (
+        f"the operator graph with widths {', '.join(shown) or 'kept'}{'; layers of ' + ', '.join(cut) if cut else ''} ({total} parameters)"
+    )
+
+
 # -- which parameter is which --------------------------------------------------------------------------------------------------
 
 
@@ -649,14 +826,17 @@ class Matched:
         return out
 
 
-def match(full: nn.Module, small: nn.Module) -> Matched:
+def match(full: nn.Module, small: nn.Module, types: tuple[list[str], list[str]] | None = None) -> Matched:
     """Line up the parameters of two models of one class.
+
+    Args:
+        types: kinds of layers that cannot be told from their parameters, in the one and in the other.
 
     Raises:
         TwinError: a parameter has no counterpart, or one of another rank, or tied parameters are not tied there.
     """
     out = Matched()
-    _match(full, small, "", "", out)
+    _match(full, small, "", "", out, types)
     given, there = dict(full.named_parameters(remove_duplicate=False)), dict(small.named_parameters(remove_duplicate=False))
     for name, p in given.items():
         q = there.get(out.names.get(name, ""))
@@ -671,23 +851,26 @@ def match(full: nn.Module, small: nn.Module) -> Matched:
     return out
 
 
-def _match(full: nn.Module, small: nn.Module, at: str, to: str, out: Matched) -> None:
+def _match(full: nn.Module, small: nn.Module, at: str, to: str, out: Matched, types: tuple[list[str], list[str]] | None) -> None:
     for name, _ in full.named_parameters(recurse=False, remove_duplicate=False):
         out.names[f"{at}{name}"] = f"{to}{name}"
     children, others = dict(full.named_children()), dict(small.named_children())
     repeated = _repeated(full)
     if repeated and (isinstance(full, nn.ModuleList) or len(children) != len(others)):
         out.repeats[at[:-1]] = (len(children), len(others))
-    kinds = {n: _kind(m) for n, m in others.items()}
-    for name, child in children.items():
-        other = name if name in others and (not repeated or kinds[name] == _kind(child)) else None
+    typed = types is not None and repeated and (len(children), len(others)) == (len(types[0]), len(types[1]))
+    first, second = types if typed and types is not None else ([""] * len(children), [""] * len(others))
+    kinds = {n: (_kind(m), t) for (n, m), t in zip(others.items(), second, strict=True)}
+    for (name, child), kind_ in zip(children.items(), first, strict=True):
+        kind = (_kind(child), kind_)
+        other = name if name in others and (not repeated or kinds[name] == kind) else None
         if other is None and repeated:
-            other = next((n for n in reversed(others) if kinds[n] == _kind(child)), None)
+            other = next((n for n in reversed(others) if kinds[n] == kind), None)
         if other is None:
             if next(child.parameters(), None) is None:
                 continue
             raise TwinError(f"{at}{name} has no counterpart of its kind")
-        _match(child, others[other], f"{at}{name}.", f"{to}{other}.", out)
+        _match(child, others[other], f"{at}{name}.", f"{to}{other}.", out, types)
 
 
 def _repeated(module: nn.Module) -> bool:
@@ -695,7 +878,8 @@ def _repeated(module: nn.Module) -> bool:
     children = list(module.children())
     if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not children:
         return False
-    return len(children) == 1 or len({type(c) for c in children}) < len(children) and any(next(c.children(), None) is not None for c in children)
+    nested = any(next(c.children(), None) is not None for c in children)
+    return len(children) == 1 or (nested and len({type(c) for c in children}) < len(children))
 
 
 def _kind(module: nn.Module) -> tuple[str, frozenset[tuple[str, int]]]:
