@@ -46,9 +46,8 @@ def mlp(activation: Callable[[], nn.Module] = nn.ReLU, seed: int = 0) -> tuple[n
 
 def cnn() -> tuple[nn.Sequential, Tensor]:
     with fresh(0):
-        layers = (
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 6, 3, padding=1), nn.Tanh(), nn.Flatten(),
-        )  # fmt: skip
+        first = (nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
+        layers = (*first, nn.Conv2d(8, 6, 3, padding=1), nn.Tanh(), nn.Flatten())
         return spread_(nn.Sequential(*layers, nn.Linear(96, 4))).eval(), 2 * torch.randn(16, 3, 8, 8)
 
 

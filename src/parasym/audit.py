@@ -154,8 +154,8 @@ def audit(
             tell("discrete", 0.0)
             discrete, refuted, undecided = discrete_symmetries(graph, result.fresh, generator)
             symmetries += discrete
-            result.refuted += refuted
-            result.undecided += undecided
+            result.refuted += [{**r, "why": r["reason"]} for r in refuted]
+            result.undecided += [{**r, "why": r["reason"], "dim": 0} for r in undecided]
         if loss_fn is not None:
             symmetries += _loss_level(model, loss_fn, args, kwargs, inputs, result, generator)
         tell("collapse", 0.0)

@@ -39,15 +39,24 @@ def flatten(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any] | None 
     return out
 
 
-def draw(graph: Graph, like: Batch, generator: torch.Generator) -> Batch:
-    """A fresh batch of the same kind as ``like``."""
+def draw(graph: Graph, like: Batch, generator: torch.Generator, wide: bool = False) -> Batch:
+    """A fresh batch of the same kind as ``like``.
+
+    Args:
+        wide: give every sample an amplitude and an offset of its own, so that no unit stays on one side of its threshold.
+    """
     ranges = token_ranges(graph)
     out = []
     for name, t in zip(graph.inputs, like, strict=True):
         if t.is_floating_point():
             spread, centre = float(t.std()) if t.numel() > 1 else 1.0, float(t.mean())
             spread = spread if spread > 0 else 0.0
-            out.append(centre + spread * torch.randn(t.shape, generator=generator, dtype=torch.float64))
+            x = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+            if wide and t.dim() > 1:
+                one = (t.shape[0],) + (1,) * (t.dim() - 1)
+                amplitude = torch.randn(one, generator=generator, dtype=torch.float64).exp()
+                x = amplitude * (x + 1.5 * torch.randn(one, generator=generator, dtype=torch.float64))
+            out.append(centre + spread * x)
         elif t.dtype == torch.bool or name not in ranges:
             constant = t.numel() == 0 or bool((t == t.reshape(-1)[0]).all())
             out.append(t.clone() if constant or t.dtype == torch.bool else torch.randint(int(t.min()), int(t.max()) + 1, t.shape, generator=generator, dtype=t.dtype))

@@ -1670,7 +1670,7 @@ def _tables(graph: Graph, read: Read, judge: _Judge | None, batches: Sequence[Ba
         idle = [j for j in (~used).nonzero().flatten().tolist() if j not in set(zero)]
         if idle and (fixed or tokens >= 5 * size):
             why = (
-                "no position of this input shape picks them; longer inputs would"
+                "inputs of this shape and form never pick them; longer or other ones may"
                 if fixed
                 else f"none of {tokens} tokens of the given data picks them; other data may"
             )

@@ -96,7 +96,7 @@ def discrete_symmetries(
             c = c.fallback
             verdict = judge.verdict(c)
         if verdict.status == "certified":
-            found.append(_symmetry(graph, c, verdict.error))
+            found.append(as_symmetry(graph, c, verdict.error))
             found += _partial(graph, spaces, c, judge)
         else:
             entry = _entry(c.name, c.group, c.parameters(graph), verdict.error, verdict.reason)
@@ -194,7 +194,7 @@ def perturbed(params: Params, generator: torch.Generator | None, scale: float) -
     return out
 
 
-def _symmetry(graph: Graph, c: Candidate, residual: float) -> Symmetry:
+def as_symmetry(graph: Graph, c: Candidate, residual: float) -> Symmetry:
     names = c.parameters(graph)
     batchwise = any(n.target is standardise for n in graph.nodes)  # true of the function of a whole batch
     return Symmetry(

@@ -7,24 +7,24 @@ twin's certificate where they are not. The count of null directions is the twin'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parasym.core.graph import Graph
-from parasym.core.samples import Batch
+from parasym.core.samples import Batch, draw
 from parasym.symmetry.certify import ACCEPT, relative_change
 from parasym.symmetry.dictionary import DictionaryAction, Entry, EntriesAction
-from parasym.symmetry.discrete import discrete_symmetries
+from parasym.symmetry.discrete import Candidate, as_symmetry, discrete_candidates, discrete_symmetries
 from parasym.symmetry.fibre import Sampled
 from parasym.symmetry.naming import group_of, name_of, where_of
 from parasym.symmetry.readers import readers
-from parasym.symmetry.search import Progress, Search, search
+from parasym.symmetry.search import Progress, Search, general_position, search, settle
 from parasym.symmetry.spaces import Spaces, find_spaces
 from parasym.symmetry.symmetry import Symmetry
-from parasym.symmetry.tangent import NullSpace
+from parasym.symmetry.tangent import NullSpace, flat_of
 from parasym.symmetry.twin import Twin, find_twin
 from parasym.symmetry.write import Writer, WritingError, action_of
 
@@ -68,21 +68,38 @@ def audit_full_size(
         why = "no small twin of this architecture could be made, so its symmetries were not searched: audit it with completeness='exact' (slow), or its blocks one by one"
         out.undecided.append({"name": "whole model", "why": why, "parameters": list(graph.params), "dim": 0})
         return FullSize([], out, None, None, None, "not counted: no twin", None)
-    small, batch = twin.graph, twin.data
+    small = twin.graph
+    data = _general(small, twin.data, generator)
     level = "train" if getattr(model, "training", False) else "function"
-    found = search(small, [batch], generator, general=True, blind=False, level=level, progress=tell)  # type: ignore[arg-type]
+    found = search(small, data, generator, grow=False, general=True, blind=False, level=level, progress=tell)  # type: ignore[arg-type]
     tell("writing", 0.0)
     symmetries = _written(out, found, spaces, twin, batches, generator, level, tell)
     symmetries += _dead(graph, symmetries)
     tell("discrete", 0.0)
     discrete, refuted, undecided = discrete_symmetries(small, found.fresh, generator)
-    symmetries += _discrete_at_full_size(discrete, twin, graph)
-    out.refuted += found.refuted + refuted
-    out.undecided += found.undecided + undecided
+    judge = Sampled.of(graph, batches[:1]) if batches else None
+    symmetries += _discrete(out, discrete, twin, graph, judge, generator)
+    out.refuted += found.refuted + [_why(r) for r in refuted]
+    out.undecided += found.undecided + [_why(r) for r in undecided]
     out.approximate += found.approximate
     explained = found.explained / found.null.nullity if found.null.nullity else 1.0
     method = f"counted on a twin ({twin.how}): {found.null.nullity} null directions of {found.null.basis.shape[0]} parameters"
     return FullSize(symmetries, out, found.null.basis.shape[0] - found.null.nullity, found.null.nullity, explained, method, twin.how, found.null.gap)
+
+
+def _general(small: Graph, batch: Batch, generator: torch.Generator) -> list[Batch]:
+    """Give the twin the parameters of smallest nullity among a few draws; return enough batches for a stable rank."""
+    flat = flat_of(small)
+    null, data = settle(small, small.params, [draw(small, batch, generator, wide=True)], flat, generator, True, wide=True)
+    params, found = general_position(small, data, flat, generator, null)
+    if found.nullity < null.nullity:
+        small.params = params
+    return data
+
+
+def _why(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Discrete records under the audit's keys."""
+    return {**record, "why": record.get("why") or record.get("reason", "")}
 
 
 def _written(out: Search, found: Search, spaces: Spaces, twin: Twin, batches: list[Batch] | None, generator: torch.Generator, level: str, tell: Progress) -> list[Symmetry]:
@@ -151,17 +168,37 @@ def _dead(graph: Graph, found: Sequence[Symmetry]) -> list[Symmetry]:
     return out
 
 
-def _discrete_at_full_size(found: Sequence[Symmetry], twin: Twin, graph: Graph) -> list[Symmetry]:
-    """The twin's discrete groups, named on the full model's parameters."""
-    from dataclasses import replace
+def _discrete(out: Search, found: Sequence[Symmetry], twin: Twin, graph: Graph, judge: Sampled | None, generator: torch.Generator) -> list[Symmetry]:
+    """The full model's candidates whose counterpart on the twin is certified; all copies of one are tested at once."""
+    certified = {_signature(s.action.key(), {}, twin.graph): s for s in found if hasattr(s.action, "key")}
+    groups: dict[Any, list[Candidate]] = {}
+    for c in discrete_candidates(graph):
+        for option in (c, c.fallback):
+            if option is not None and (signature := _signature(option.key, twin.names, graph)) in certified:
+                groups.setdefault(signature, []).append(option)
+                break
+    before = judge.outputs(graph.params) if judge else None
+    symmetries = []
+    for signature, candidates in groups.items():
+        residual, note = certified[signature].residual, "certificate of the twin"
+        if judge is not None and before is not None:
+            moved = dict(graph.params)
+            for c in candidates:
+                moved.update(c.action.act(moved, list(c.action.tests(generator))[-1]))
+            residual, note = relative_change(before, judge.outputs(moved)), "certified on the full model by a finite element"
+        if residual > ACCEPT:
+            out.refuted.append({"name": candidates[0].name, "why": f"holds on the twin, but changes the full model's outputs by {residual:.1e}", "parameters": list(candidates[0].parameters(graph))})
+            continue
+        for c in candidates:
+            s = as_symmetry(graph, c, residual)
+            symmetries.append(replace(s, note="; ".join(x for x in (s.note, note) if x)))
+    return symmetries
 
-    back: dict[str, list[str]] = {}
-    for f, t in twin.names.items():
-        if f in graph.params:
-            back.setdefault(t, []).append(f)
-    out = []
-    for s in found:
-        names = tuple(dict.fromkeys(f for p in s.parameters for f in back.get(p, [])))
-        if names:
-            out.append(replace(s, parameters=names, where=where_of(names), note="group of the twin: sizes are the twin's; " + s.note))
-    return out
+
+def _signature(key: Any, names: Mapping[str, str], graph: Graph) -> Any:
+    """A candidate's key on the twin's parameters, as sets: copies of one layer coincide."""
+    if isinstance(key, tuple) and len(key) == 3 and isinstance(key[0], str) and isinstance(key[1], int):
+        return (names.get(key[0], key[0]), key[1], key[2]) if key[0] in graph.params else None
+    if isinstance(key, tuple):
+        return frozenset(x for x in (_signature(k, names, graph) for k in key) if x is not None)
+    return names.get(key, key) if isinstance(key, str) else key

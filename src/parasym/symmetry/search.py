@@ -57,7 +57,7 @@ class Search:
     moving: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
-def settle(graph: Graph, params: Mapping[str, Tensor], batches: list[Batch], flat: Flat, generator: torch.Generator, grow: bool) -> tuple[NullSpace, list[Batch]]:
+def settle(graph: Graph, params: Mapping[str, Tensor], batches: list[Batch], flat: Flat, generator: torch.Generator, grow: bool, wide: bool = False) -> tuple[NullSpace, list[Batch]]:
     """Null space on enough samples: half as many again are added until the rank has not grown twice in a row."""
     R = triangular(graph, params, batches, flat)
     null = null_space(R, len(batches))
@@ -67,7 +67,7 @@ def settle(graph: Graph, params: Mapping[str, Tensor], batches: list[Batch], fla
     still = 0
     while still < 2 and null.nullity and len(batches) < _MAX_BATCHES:
         enough = max(-(-len(batches) // 2), -(-2 * flat.size // max(outputs, 1)) - len(batches))
-        more = [draw(graph, batches[0], generator) for _ in range(min(enough, _MAX_BATCHES - len(batches)))]
+        more = [draw(graph, batches[0], generator, wide) for _ in range(min(enough, _MAX_BATCHES - len(batches)))]
         R = torch.cat([R, triangular(graph, params, more, flat)])
         R = torch.linalg.qr(R, mode="r").R if len(R) > flat.size else R
         batches = batches + more
@@ -93,7 +93,7 @@ def search(
     tell("rank", 0.0)
     null, batches = settle(graph, graph.params, batches, flat, generator, grow)
     fresh = [draw(graph, batches[0], generator) for _ in range(2)] if grow else batches
-    anywhere, generic = (graph.params, null) if general else _general_position(graph, batches, flat, generator, null)
+    anywhere, generic = (graph.params, null) if general else general_position(graph, batches, flat, generator, null)
     spaces = find_spaces(graph)
     out = Search(graph, spaces, batches, fresh, null, generic)
     places, constants = places_of(spaces), graph.prepare(batches[0])
@@ -121,16 +121,18 @@ def search(
     return out
 
 
-def _general_position(graph: Graph, batches: Sequence[Batch], flat: Flat, generator: torch.Generator, null: NullSpace) -> tuple[dict[str, Tensor], NullSpace]:
+def general_position(graph: Graph, batches: Sequence[Batch], flat: Flat, generator: torch.Generator, null: NullSpace) -> tuple[dict[str, Tensor], NullSpace]:
     """Redrawn parameters with the smallest nullity of a few draws: accidents only ever add null directions."""
     best: tuple[dict[str, Tensor], NullSpace] | None = None
-    for attempt in range(4):
+    for attempt in range(6):
         params = generic_parameters(graph, generator, own_scale=attempt % 2 == 0)
         found = null_space(triangular(graph, params, batches, flat), len(batches))
+        if best is not None and found.nullity == best[1].nullity <= null.nullity:
+            break  # two draws agree on the smallest
         if best is None or found.nullity < best[1].nullity:
             best = (params, found)
-        elif found.nullity == best[1].nullity and best[1].nullity <= null.nullity:
-            break
+            if found.nullity == null.nullity:
+                break
     assert best is not None
     return best
 

@@ -28,7 +28,8 @@ from torch.fx import Node
 from parasym.core.errors import ParasymError
 from parasym.core.graph import Graph, _export, _from_program, trace
 from parasym.core.guards import preserve, rng_state
-from parasym.core.samples import flatten, generic_parameters, token_ranges
+from parasym.core.samples import flatten, token_ranges
+from parasym.symmetry.generic import generic_draw
 from parasym.symmetry.shrink import Layers, draw_inputs, resized, truncate
 from parasym.symmetry.spaces import Spaces, find_spaces, live_nodes
 
@@ -79,7 +80,7 @@ def find_twin(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, A
     """A small copy of the architecture, or None (the log says why).
 
     Args:
-        model: any module, also on the meta device; its weights are not read.
+        model: any module, also on the meta device; its weights are not read. An exported program serves too.
         args, kwargs: example inputs of the full model.
         budget: most parameters the twin may have.
     """
@@ -267,7 +268,7 @@ class _Sizes:
 
 
 def _from_config(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], budget: int) -> Twin | str:
-    holder = _configured(model)
+    holder = _configured(model) if isinstance(model, nn.Module) else None
     if holder is None:
         return ""
     maker = _Maker(model, holder, args, kwargs)
@@ -516,8 +517,7 @@ class _Maker:
         why = difference(full, graph)
         if why:
             return why
-        _generic(graph, small)
-        why = _unusable(graph, flatten(graph, args, kwargs))
+        why = _generic(graph, flatten(graph, args, kwargs), small)
         if why:
             return why
         return Twin(
@@ -686,14 +686,19 @@ def _freeze_like(model: nn.Module, small: nn.Module, names: Mapping[str, str]) -
         target[name].requires_grad_(given[full].requires_grad)
 
 
-def _generic(graph: Graph, model: nn.Module | None) -> None:
-    """Parameters in general position, in the graph and in the module it came from."""
-    graph.params.update(generic_parameters(graph, torch.Generator().manual_seed(3)))
+def _generic(graph: Graph, data: Sequence[Tensor], model: nn.Module | None) -> str | None:
+    """Parameters in general position, in the graph and in the module it came from; or why it does not run."""
+    try:
+        graph.params.update(generic_draw(graph, find_spaces(graph), data))
+        out = graph(graph.params, data)
+    except (RuntimeError, IndexError, ValueError) as error:
+        return f"it does not run: {_line(error)}"
     if model is not None:
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if name in graph.params:
                     p.copy_(graph.params[name])
+    return None if bool(torch.isfinite(out).all()) else "its outputs are not finite"
 
 
 # -- from the operator graph ---------------------------------------------------------------------------------------------------
@@ -716,9 +721,8 @@ def _from_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                 why = difference(cut, candidate, spaces)
                 if why is None:
                     _statistics(candidate)
-                    _generic(candidate, None)
                     data = _inputs_for(candidate, given)
-                    why = _unusable(candidate, data)
+                    why = _generic(candidate, data, None)
             except (RuntimeError, IndexError, ValueError) as error:
                 why = f"its inputs cannot be drawn: {_line(error)}"
             if why is None:
@@ -774,15 +778,6 @@ def _statistics(graph: Graph) -> None:
             graph.buffers[name] = 0.3 * torch.randn(b.shape, generator=generator, dtype=torch.float64)
         elif name.endswith("running_var"):
             graph.buffers[name] = 0.5 + torch.rand(b.shape, generator=generator, dtype=torch.float64)
-
-
-def _unusable(graph: Graph, data: Sequence[Tensor]) -> str | None:
-    """Run it once."""
-    try:
-        out = graph(graph.params, data)
-    except (RuntimeError, IndexError, ValueError) as error:
-        return f"it does not run: {_line(error)}"
-    return None if bool(torch.isfinite(out).all()) else "its outputs are not finite"
 
 
 def _line(error: BaseException) -> str:
