@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from parasym.symmetry.symmetry import Symmetry as Symmetry
     from parasym.symmetry.symmetry import SymmetrySet as SymmetrySet
 
-_PUBLIC = {"audit": "parasym.audit", "symmetries": "parasym.audit", "Audit": "parasym.audit", "Symmetry": "parasym.symmetry.symmetry", "SymmetrySet": "parasym.symmetry.symmetry"}
+_PUBLIC = {
+    "audit": "parasym.audit",
+    "symmetries": "parasym.audit",
+    "Audit": "parasym.audit",
+    "Symmetry": "parasym.symmetry.symmetry",
+    "SymmetrySet": "parasym.symmetry.symmetry",
+}
 __all__ = ["Audit", "Symmetry", "SymmetrySet", "__version__", "audit", "symmetries"]
 
 

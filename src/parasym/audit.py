@@ -71,9 +71,18 @@ class Audit:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
-            "schema": 1, "parasym": __version__, "model": self.model, "symmetries": [s.to_dict() for s in self.symmetries], "refuted": self.refuted,
-            "undecided": self.undecided, "approximate": self.approximate, "completeness": self.completeness.to_dict(), "classified": self.classified,
-            "collapse": self.collapse, "advice": self.advice, "graph": self.graph,
+            "schema": 1,
+            "parasym": __version__,
+            "model": self.model,
+            "symmetries": [s.to_dict() for s in self.symmetries],
+            "refuted": self.refuted,
+            "undecided": self.undecided,
+            "approximate": self.approximate,
+            "completeness": self.completeness.to_dict(),
+            "classified": self.classified,
+            "collapse": self.collapse,
+            "advice": self.advice,
+            "graph": self.graph,
         }
 
     def to_html(self, path: str | Path) -> Path:
@@ -110,8 +119,14 @@ class _WithLoss(nn.Module):
 
 
 def audit(
-    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, inputs: Sequence[Sequence[Any]] | None = None,
-    loss_fn: Callable[..., Tensor] | None = None, completeness: Completeness = "auto", seed: int = 0, progress: Progress | None = None,
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    inputs: Sequence[Sequence[Any]] | None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    completeness: Completeness = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Audit:
     """Find, certify and count every parameter symmetry of a model, and measure where its weights have collapsed.
 
@@ -136,7 +151,11 @@ def audit(
     with rng_state():
         _check(model, args, kwargs)
         graph = trace(model, args, kwargs)
-        batches = [flatten(graph, args, kwargs)] if inputs is None else [flatten(graph, tuple(i), kwargs if len(i) == len(args) else None) for i in inputs]
+        batches = (
+            [flatten(graph, args, kwargs)]
+            if inputs is None
+            else [flatten(graph, tuple(i), kwargs if len(i) == len(args) else None) for i in inputs]
+        )
         if not batches:
             raise InputError("inputs is empty: give at least one tuple of arguments, or None to draw them.")
         _check_weights(graph)
@@ -163,16 +182,32 @@ def audit(
         rows = collapse_of(graph, graph.params, batches, result.spaces, entries)
         tell("report", 0.5)
         described = {
-            "name": type(model).__name__, "parameters": size, "tensors": len(graph.params), "trace": graph.trace, "mode": "train" if getattr(model, "training", False) else "eval",
-            "seed": seed, "inputs": f"{len(result.batches)} batches" + ("" if inputs is None else ", as given"), "twin": twin,
+            "name": type(model).__name__,
+            "parameters": size,
+            "tensors": len(graph.params),
+            "trace": graph.trace,
+            "mode": "train" if getattr(model, "training", False) else "eval",
+            "seed": seed,
+            "inputs": f"{len(result.batches)} batches" + ("" if inputs is None else ", as given"),
+            "twin": twin,
         }
         return Audit(
-            described, symmetries, count, rows, advice_on(rows), result.refuted, result.undecided, result.approximate,
-            _classify(graph, symmetries, result), picture(graph, result.spaces, symmetries),
+            described,
+            symmetries,
+            count,
+            rows,
+            advice_on(rows),
+            result.refuted,
+            result.undecided,
+            result.approximate,
+            _classify(graph, symmetries, result),
+            picture(graph, result.spaces, symmetries),
         )
 
 
-def symmetries(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, seed: int = 0, progress: Progress | None = None) -> SymmetrySet:
+def symmetries(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, seed: int = 0, progress: Progress | None = None
+) -> SymmetrySet:
     """Discovery alone: the symmetries of the architecture, at parameters in general position.
 
     Works on a model on the meta device: no weights are read. Arguments as :func:`audit`.
@@ -184,14 +219,18 @@ def symmetries(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, 
         size = sum(p.numel() for p in graph.params.values())
         if size > EXACT_PARAMETERS:
             full = audit_full_size(model, args, kwargs, graph, None, generator, tell)
-            return SymmetrySet(tuple(full.symmetries), tuple(full.search.refuted), tuple(full.search.undecided), tuple(full.search.approximate))
+            return SymmetrySet(
+                tuple(full.symmetries), tuple(full.search.refuted), tuple(full.search.undecided), tuple(full.search.approximate)
+            )
         from parasym.core.samples import generic_parameters
 
         graph.params = generic_parameters(graph, generator)
         batch = _concrete(graph, args, kwargs, generator)
         found = search(graph, [batch], generator, progress=tell)
         discrete, refuted, undecided = discrete_symmetries(graph, found.fresh, generator)
-        return SymmetrySet((*found.symmetries, *discrete), (*found.refuted, *refuted), (*found.undecided, *undecided), tuple(found.approximate))
+        return SymmetrySet(
+            (*found.symmetries, *discrete), (*found.refuted, *refuted), (*found.undecided, *undecided), tuple(found.approximate)
+        )
 
 
 def _concrete(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any] | None, generator: torch.Generator) -> Batch:
@@ -211,11 +250,18 @@ def _check(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) ->
     if not isinstance(model, nn.Module):
         if isinstance(model, torch.export.ExportedProgram):
             return
-        raise InputError(f"parasym audits torch.nn.Module objects, got {type(model).__name__}. Pass the model itself, not its class, state_dict or function.")
+        raise InputError(
+            f"parasym audits torch.nn.Module objects, got {type(model).__name__}. "
+            f"Pass the model itself, not its class, state_dict or function."
+        )
     if not any(p.requires_grad for p in model.parameters()):
-        raise InputError("the model has no trainable parameters (all are frozen, or there are none). Set requires_grad on what you want audited.")
+        raise InputError(
+            "the model has no trainable parameters (all are frozen, or there are none). Set requires_grad on what you want audited."
+        )
     if any(p.device.type == "meta" for p in model.parameters()):
-        raise InputError("the model is on the meta device, so there are no weights to audit. Use parasym.symmetries(model, args), or load weights first.")
+        raise InputError(
+            "the model is on the meta device, so there are no weights to audit. Use parasym.symmetries(model, args), or load weights first."
+        )
     if not isinstance(args, (tuple, list)):
         raise InputError(f"args must be a tuple of the model's arguments, got {type(args).__name__}; for one tensor write args=(x,).")
 
@@ -228,7 +274,9 @@ def _check(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) ->
             check_deterministic(run, model=model)
     except (TypeError, RuntimeError, ValueError, IndexError, AttributeError, KeyError) as error:
         shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args)
-        raise InputError(f"{type(model).__name__} does not accept the example arguments ({shapes}): {type(error).__name__}: {str(error)[:300]}") from error
+        raise InputError(
+            f"{type(model).__name__} does not accept the example arguments ({shapes}): {type(error).__name__}: {str(error)[:300]}"
+        ) from error
 
 
 def _check_weights(graph: Graph) -> None:
@@ -238,7 +286,15 @@ def _check_weights(graph: Graph) -> None:
         raise InputError(f"NaN or infinite weights in {len(bad)} tensors: {listed}. Load a checkpoint from before the run diverged.")
 
 
-def _loss_level(model: nn.Module, loss_fn: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None, inputs: Any, base: Search, generator: torch.Generator) -> list[Symmetry]:
+def _loss_level(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    inputs: Any,
+    base: Search,
+    generator: torch.Generator,
+) -> list[Symmetry]:
     """Symmetries of loss_fn(model) that the model itself does not have."""
     from dataclasses import replace
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from parasym.core.errors import InputError, TraceError
-from parasym.core.guards import math_attention, preserve
+from parasym.core.guards import preserve
 
 aten = torch.ops.aten
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
@@ -96,7 +96,9 @@ class Graph:
 
     def parameter_ops(self) -> list[Node]:
         """Active nodes that take a parameter, or something computed from parameters only, as an argument."""
-        return [n for n in self.nodes if self.kind.get(n.name) == "active" and any(self.kind.get(a.name) == "param" for a in n.all_input_nodes)]
+        return [
+            n for n in self.nodes if self.kind.get(n.name) == "active" and any(self.kind.get(a.name) == "param" for a in n.all_input_nodes)
+        ]
 
     def edges(self) -> list[str]:
         """Activations that cross between parameter operators and what lies between them."""
@@ -145,12 +147,16 @@ def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
     if isinstance(model, torch.export.ExportedProgram):
         return _from_program(model, model.graph_signature.inputs_to_parameters, values, "exported program")
     if not isinstance(model, nn.Module):
-        raise InputError(f"parasym audits torch.nn.Module objects (or exported programs), got {type(model).__name__}. Pass the model itself, not its class, state_dict or function.")
+        raise InputError(
+            f"parasym audits torch.nn.Module objects (or exported programs), got {type(model).__name__}. "
+            f"Pass the model itself, not its class, state_dict or function."
+        )
     kwargs = dict(kwargs or {})
     if any(p.device.type == "meta" for p in model.parameters()):
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (tuple(args), kwargs))
+        args = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), tuple(args))
+        kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), kwargs)
     with preserve(model):
-        program = _export(model, tuple(args), kwargs)
+        program = _export(model, tuple(args), dict(kwargs))
     shared: dict[int, str] = {}
     aliases = {name: shared.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
     frozen = {aliases[n] for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -170,14 +176,22 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             with torch.no_grad():
                 copy.deepcopy(model)(*args, **kwargs)
         except Exception as plain:
-            shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in pytree.tree_leaves((args, kwargs)))
-            raise InputError(f"{type(model).__name__} does not accept the example arguments ({shapes}): {_first_line(plain)}. Pass arguments that model(*args, **kwargs) accepts.") from plain
+            shapes = ", ".join(
+                str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in pytree.tree_leaves((args, kwargs))
+            )
+            raise InputError(
+                f"{type(model).__name__} does not accept the example arguments ({shapes}): {_first_line(plain)}. "
+                f"Pass arguments that model(*args, **kwargs) accepts."
+            ) from plain
         text = str(error)
         where = re.findall(r'File "([^"]+)", line (\d+)', text)
         at = f" (near {where[-1][0].rsplit('/', 1)[-1]}:{where[-1][1]})" if where else ""
         data = "data-dependent" in text.lower() or "GuardOnDataDependent" in text
         reason = "its control flow or shapes depend on the data" if data else _first_line(error)
-        raise TraceError(f"torch.export could not capture {type(model).__name__}: {reason}{at}. Replace data-dependent branches by masks or torch.where, or audit the sub-modules that can be traced.") from error
+        raise TraceError(
+            f"torch.export could not capture {type(model).__name__}: {reason}{at}. "
+            f"Replace data-dependent branches by masks or torch.where, or audit the sub-modules that can be traced."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -186,8 +200,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def _from_program(
-    program: torch.export.ExportedProgram, names: Mapping[str, str] | None, values: bool, how: str,
-    aliases: dict[str, str] | None = None, frozen: set[str] | None = None, unused: Mapping[str, Tensor] | None = None,
+    program: torch.export.ExportedProgram,
+    names: Mapping[str, str] | None,
+    values: bool,
+    how: str,
+    aliases: dict[str, str] | None = None,
+    frozen: set[str] | None = None,
+    unused: Mapping[str, Tensor] | None = None,
 ) -> Graph:
     program = _functional(program)
     signature, module = program.graph_signature, copy.deepcopy(program.graph_module) if values else program.graph_module
@@ -229,15 +248,27 @@ def _from_program(
     users = [r.name for spec, r in specs if spec.kind is torch.export.graph_signature.OutputKind.USER_OUTPUT and isinstance(r, Node)]
     outputs = [o for o in users if kind.get(o) == "active"]
     by_name = {n.name: n for n in fx.nodes}
-    outputs = [o for o in outputs if not isinstance(by_name[o].meta.get("val"), Tensor) or by_name[o].meta["val"].is_floating_point() or by_name[o].meta["val"].is_complex()]
+    outputs = [
+        o
+        for o in outputs
+        if not isinstance(by_name[o].meta.get("val"), Tensor)
+        or by_name[o].meta["val"].is_floating_point()
+        or by_name[o].meta["val"].is_complex()
+    ]
     if not outputs:
-        raise InputError("no floating-point output of the model depends on its trainable parameters, so there is nothing to audit. Return logits or features as tensors, and check requires_grad.")
+        raise InputError(
+            "no floating-point output of the model depends on its trainable parameters, so there is nothing to audit. "
+            "Return logits or features as tensors, and check requires_grad."
+        )
     params = {}
     for name in holders.values():
         if name not in params:
             p = program.state_dict[name].detach()
             if not p.is_floating_point() and not p.is_complex():
-                raise InputError(f"parameter {name} has dtype {p.dtype}: quantised or integer weights have no continuous symmetry. Audit the float model they came from.")
+                raise InputError(
+                    f"parameter {name} has dtype {p.dtype}: quantised or integer weights have no continuous symmetry. "
+                    f"Audit the float model they came from."
+                )
             params[name] = _lift(p, values)
     for name, value in (unused or {}).items():
         params.setdefault(name, _lift(value.detach(), values))
@@ -350,10 +381,10 @@ def _normalise(module: torch.fx.GraphModule) -> None:
     module.graph.lint()
 
 
-def _call(g: torch.fx.Graph, like: Node, target: Callable[..., Any], *args: Any, shape_of: Node | None = None, **kwargs: Any) -> Node:
+def _call(g: torch.fx.Graph, like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
     n = g.call_function(target, args, kwargs)
     n.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
-    n.meta["val"] = (shape_of or like).meta.get("val")
+    n.meta["val"] = like.meta.get("val")
     return n
 
 
@@ -495,12 +526,21 @@ def _split_getitem(g: torch.fx.Graph, n: Node) -> Node | None:
 _SPLIT: dict[Any, Callable[[torch.fx.Graph, Node], Node | None]] = {
     aten.linear.default: _split_linear,
     aten.addmm.default: _split_addmm,
-    aten.conv1d.default: _split_conv, aten.conv2d.default: _split_conv, aten.conv3d.default: _split_conv,
-    aten.conv1d.padding: _split_conv, aten.conv2d.padding: _split_conv, aten.conv3d.padding: _split_conv,
-    aten.conv_transpose1d.default: _split_conv, aten.conv_transpose2d.input: _split_conv, aten.conv_transpose3d.input: _split_conv,
+    aten.conv1d.default: _split_conv,
+    aten.conv2d.default: _split_conv,
+    aten.conv3d.default: _split_conv,
+    aten.conv1d.padding: _split_conv,
+    aten.conv2d.padding: _split_conv,
+    aten.conv3d.padding: _split_conv,
+    aten.conv_transpose1d.default: _split_conv,
+    aten.conv_transpose2d.input: _split_conv,
+    aten.conv_transpose3d.input: _split_conv,
     aten.convolution.default: _split_conv,
-    aten.layer_norm.default: _split_layer_norm, aten.rms_norm.default: _split_rms_norm, aten.group_norm.default: _split_group_norm,
-    aten.batch_norm.default: _split_batch_norm, aten.instance_norm.default: _split_instance_norm,
+    aten.layer_norm.default: _split_layer_norm,
+    aten.rms_norm.default: _split_rms_norm,
+    aten.group_norm.default: _split_group_norm,
+    aten.batch_norm.default: _split_batch_norm,
+    aten.instance_norm.default: _split_instance_norm,
     aten._weight_norm.default: _split_weight_norm,
     operator.getitem: _split_getitem,
 }

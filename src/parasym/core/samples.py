@@ -24,13 +24,18 @@ def flatten(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any] | None 
     """
     leaves = [a for a in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(a, Tensor)]
     if len(leaves) != len(graph.inputs):
-        raise InputError(f"the traced model takes {len(graph.inputs)} tensors, got {len(leaves)}. Every entry of inputs must have the structure of args.")
+        raise InputError(
+            f"the traced model takes {len(graph.inputs)} tensors, got {len(leaves)}. Every entry of inputs must have the structure of args."
+        )
     nodes = {n.name: n for n in graph.nodes}
     out = []
     for name, leaf in zip(graph.inputs, leaves, strict=True):
         expected = nodes[name].meta.get("val")
         if isinstance(expected, Tensor) and tuple(expected.shape) != tuple(leaf.shape):
-            raise InputError(f"input {name} has shape {tuple(leaf.shape)}, the traced example had {tuple(expected.shape)}. Batches must all have the shape of the example.")
+            raise InputError(
+                f"input {name} has shape {tuple(leaf.shape)}, the traced example had {tuple(expected.shape)}. "
+                f"Batches must all have the shape of the example."
+            )
         if leaf.is_floating_point():
             leaf = leaf.detach().to("cpu", torch.float64)
             if not bool(torch.isfinite(leaf).all()):
@@ -59,7 +64,11 @@ def draw(graph: Graph, like: Batch, generator: torch.Generator, wide: bool = Fal
             out.append(centre + spread * x)
         elif t.dtype == torch.bool or name not in ranges:
             constant = t.numel() == 0 or bool((t == t.reshape(-1)[0]).all())
-            out.append(t.clone() if constant or t.dtype == torch.bool else torch.randint(int(t.min()), int(t.max()) + 1, t.shape, generator=generator, dtype=t.dtype))
+            out.append(
+                t.clone()
+                if constant or t.dtype == torch.bool
+                else torch.randint(int(t.min()), int(t.max()) + 1, t.shape, generator=generator, dtype=t.dtype)
+            )
         else:
             out.append(torch.randint(0, ranges[name], t.shape, generator=generator, dtype=t.dtype))
     return out
@@ -92,7 +101,9 @@ def generic_parameters(graph: Graph, generator: torch.Generator, own_scale: bool
         if p.numel() == 0 or p.device.type == "meta":
             out[name] = 0.5 * noise
             continue
-        rms = min(float(p.square().mean().sqrt()), 3 * float(p.abs().median()) + 1e-12) or float(p.square().mean().sqrt())  # outliers do not set the scale
+        rms = min(float(p.square().mean().sqrt()), 3 * float(p.abs().median()) + 1e-12) or float(
+            p.square().mean().sqrt()
+        )  # outliers do not set the scale
         spread = float(p.std()) if p.numel() > 1 else 0.0
         if rms > 0 and spread < 0.5 * rms:  # gains around one, slopes, tables of constants: keep the mean, vary around it
             out[name] = p.mean() + 0.3 * rms * noise

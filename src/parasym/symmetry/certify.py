@@ -36,7 +36,16 @@ def relative_change(before: Tensor, after: Tensor) -> float:
     return change if change == change else float("inf")
 
 
-def certify(action: Action, sampled: Sampled, params: Params, generator: torch.Generator, *, elements: int = 2, size: float = 0.5, accept: float = ACCEPT) -> Certificate:
+def certify(
+    action: Action,
+    sampled: Sampled,
+    params: Params,
+    generator: torch.Generator,
+    *,
+    elements: int = 2,
+    size: float = 0.5,
+    accept: float = ACCEPT,
+) -> Certificate:
     """Apply random finite elements and compare outputs.
 
     Args:

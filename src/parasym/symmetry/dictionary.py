@@ -53,7 +53,8 @@ class Term:
 
     Attributes:
         op: "mode" (p <- exp(w X) p on the axis), "dual" (p <- exp(-w X^T) p), "shift" (p += w c), "absorb" (bias -= w W c),
-            "ones" (p += 1 r^T), "normal" (W += r (1/g)^T, bias -= r sum(b/g)), "fold" (a reader without a bias absorbs a shift through that normal),
+            "ones" (p += 1 r^T), "normal" (W += r (1/g)^T, bias -= r sum(b/g)), "fold" (a reader without a bias
+            absorbs a shift through that normal),
             "free" (p += r).
         place: where the index space sits on the parameter.
         gain: a gain vector folded into X (mode, dual: g X g^-1; shift: g c), as its place.
@@ -79,7 +80,15 @@ class Term:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return (self.op, self.place.key, self.gain.key if self.gain else None, self.gain_power, self.target.key if self.target else None, self.offset.key if self.offset else None, self.rows_at)
+        return (
+            self.op,
+            self.place.key,
+            self.gain.key if self.gain else None,
+            self.gain_power,
+            self.target.key if self.target else None,
+            self.offset.key if self.offset else None,
+            self.rows_at,
+        )
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -400,7 +409,9 @@ class DictionaryAction:
             return None
         if e.algebra == "shift":
             g = self.generators(params)
-            return sum(((v * params[k].to(torch.float64)).flatten(1).sum(1) for k, v in g.items()), torch.zeros(self.dim, dtype=torch.float64))
+            return sum(
+                ((v * params[k].to(torch.float64)).flatten(1).sum(1) for k, v in g.items()), torch.zeros(self.dim, dtype=torch.float64)
+            )
         if e.algebra == "gl":
             i, j = torch.triu_indices(n, n)
             basis = torch.zeros(len(i), n, n, dtype=torch.float64)

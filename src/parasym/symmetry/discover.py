@@ -17,11 +17,22 @@ from torch import Tensor
 
 from parasym.core.graph import Graph
 from parasym.symmetry.dictionary import (
-    Algebra, Copies, DictionaryAction, EntriesAction, Entry, Place, Term, algebra_dim, algebra_element, by_unit, row_shape, tangent,
+    Algebra,
+    Copies,
+    DictionaryAction,
+    EntriesAction,
+    Entry,
+    Place,
+    Term,
+    algebra_dim,
+    algebra_element,
+    by_unit,
+    row_shape,
+    tangent,
 )
 from parasym.symmetry.readers import frozen_norms, readers
 from parasym.symmetry.symmetry import Params
-from parasym.symmetry.tangent import Flat, kernel, span
+from parasym.symmetry.tangent import Flat, kernel
 
 _TOL = 1e-8
 Places = Mapping[str, Sequence[Place]]
@@ -39,7 +50,16 @@ class Found:
 class Discovery:
     """Search of the dictionary over a model's null space."""
 
-    def __init__(self, graph: Graph, params: Params, null: Tensor, flat: Flat, places: Places, constants: Mapping[str, object], generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        params: Params,
+        null: Tensor,
+        flat: Flat,
+        places: Places,
+        constants: Mapping[str, object],
+        generator: torch.Generator,
+    ) -> None:
         self.graph, self.params, self.flat, self.generator = graph, params, flat, generator
         self.null = null
         self.explained = torch.zeros(null.shape[1], 0, dtype=torch.float64)
@@ -59,9 +79,10 @@ class Discovery:
 
     def run(self) -> list[Found]:
         """All families, the narrowest kinds first; within a kind those with the most independent copies first."""
-        for step in (self._free, self._rows):
-            for space, places in self.places.items():
-                step(space, places)
+        for space, places in self.places.items():
+            self._free(space, places)
+        for space, places in self.places.items():
+            self._rows(space, places)
         for step in (self._shifts, self._linear, self._scales):
             jobs = [(local, space) for space, places in self.places.items() for local in self._locals(space, places, step)]
             for local, space in sorted(jobs, key=lambda j: -len(j[0].local)):
@@ -108,10 +129,24 @@ class Discovery:
     def _shifts(self, space: str, places: Sequence[Place], local: Copies) -> None:
         absorbs = self._absorbs(space, places)
         gained = list({t.key: t for term in absorbs for t in self._gained(term, places)}.values())
-        self._solve("shift", space, [*self._folds(places), *gained, *absorbs, *(Term("shift", p) for p in places), *self._partial(places), *self._recentres(places, "shift")], local)
+        self._solve(
+            "shift",
+            space,
+            [
+                *self._folds(places),
+                *gained,
+                *absorbs,
+                *(Term("shift", p) for p in places),
+                *self._partial(places),
+                *self._recentres(places, "shift"),
+            ],
+            local,
+        )
 
     def _scales(self, space: str, places: Sequence[Place], local: Copies) -> None:
-        self._solve("scale", space, [*(self._recentres(places, "recentre") if local.local else ()), *(Term("mode", p) for p in places)], local)
+        self._solve(
+            "scale", space, [*(self._recentres(places, "recentre") if local.local else ()), *(Term("mode", p) for p in places)], local
+        )
 
     def _linear(self, space: str, places: Sequence[Place], local: Copies) -> None:
         n = self.sizes[space]
@@ -126,7 +161,9 @@ class Discovery:
 
     def _uniform(self) -> None:
         """Whole tensors scaled or shifted by one number, across index spaces."""
-        whole = {n: Place(n, 0, (), torch.arange(p.shape[0])[None, :], {}, p.shape[0]) for n, p in self.params.items() if p.dim() and p.numel()}
+        whole = {
+            n: Place(n, 0, (), torch.arange(p.shape[0])[None, :], {}, p.shape[0]) for n, p in self.params.items() if p.dim() and p.numel()
+        }
         self._solve("scale", "", [Term("mode", p) for p in whole.values()], Copies())
         absorbs = []
         for r in self.readers:
@@ -260,7 +297,12 @@ class Discovery:
         known = K @ kernel(fresh / movement.norm(dim=0).clamp(min=1e-300).max(), 1e-7)
         for weights in _representatives(K, known):
             pairs = tuple((w, t) for w, t in zip(weights, kept, strict=True) if w)
-            if pairs and all(_is_nice(w) for w, _ in pairs) and not (algebra == "gl" and _antisymmetric(pairs)) and self._outside(T @ torch.tensor(weights, dtype=torch.float64)[:, None]) < _TOL:
+            if (
+                pairs
+                and all(_is_nice(w) for w, _ in pairs)
+                and not (algebra == "gl" and _antisymmetric(pairs))
+                and self._outside(T @ torch.tensor(weights, dtype=torch.float64)[:, None]) < _TOL
+            ):
                 self._keep(Entry(algebra, space, size, local, pairs), 0)
 
     def _pack(self, tangents: Mapping[str, Tensor]) -> Tensor:
@@ -360,7 +402,9 @@ def _representatives(K: Tensor, known: Tensor) -> list[list[float]]:
     for i in range(len(rest)):  # elementary row operations: the span stays
         others = torch.cat([base, rest[:i], rest[i + 1 :]])
         if 0 < len(others) <= 5:
-            shifts = torch.tensor(list(itertools.product((0.0, 1.0, -1.0), repeat=len(others))), dtype=K.dtype).reshape(-1, len(others)) @ others
+            shifts = (
+                torch.tensor(list(itertools.product((0.0, 1.0, -1.0), repeat=len(others))), dtype=K.dtype).reshape(-1, len(others)) @ others
+            )
             candidates = rest[i] + shifts
             whole = (candidates * 2 - (candidates * 2).round()).abs().amax(1) > 1e-6
             rest[i] = candidates[int((whole * 1e6 + (candidates.abs() > 1e-9).sum(1)).argmin())]

@@ -387,7 +387,7 @@ def _partial(graph: Graph, spaces: Spaces, c: Candidate, judge: Judge) -> list[S
         if verdict.status == "certified" and len({p.tensor for p in rest}) > 1:
             stays.append(module)
             name = f"exchange of {action.units.size} units with {module} left in place: {summary(part.tensors)}"
-            out.append(_symmetry(graph, Candidate(name, c.group, part, equal_units(part), c.note), verdict.error))
+            out.append(as_symmetry(graph, Candidate(name, c.group, part, equal_units(part), c.note), verdict.error))
     return out
 
 

@@ -141,22 +141,18 @@ def neighbourhoods(graph: Graph) -> Iterator[tuple[str, ...]]:
     names = {n.name for n in ops}
     near: dict[str, set[str]] = {}
     reach: dict[str, frozenset[str]] = {}
-    for n in graph.nodes:  # parameter operators seen upstream without crossing another one
-        if graph.kind.get(n.name) != "active":
+    for node in graph.nodes:  # parameter operators seen upstream without crossing another one
+        if graph.kind.get(node.name) != "active":
             continue
         up: set[str] = set()
-        for a in n.all_input_nodes:
+        for a in node.all_input_nodes:
             up |= {a.name} if a.name in names else reach.get(a.name, frozenset())
-        reach[n.name] = frozenset(up)
-        if n.name in names:
-            near.setdefault(n.name, set())
+        reach[node.name] = frozenset(up)
+        if node.name in names:
+            near.setdefault(node.name, set())
             for u in up:
-                near[n.name].add(u)
-                near.setdefault(u, set()).add(n.name)
-    readers: dict[str, set[str]] = {}
-    for n in names:
-        for u in reach[n]:
-            readers.setdefault(u, set()).add(n)
+                near[node.name].add(u)
+                near.setdefault(u, set()).add(node.name)
     seen: set[frozenset[str]] = set()
 
     def emit(ops_in: set[str]) -> Iterator[tuple[str, ...]]:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from parasym.core.graph import Graph
 from parasym.core.samples import Batch, draw
 from parasym.symmetry.certify import ACCEPT, relative_change
-from parasym.symmetry.dictionary import DictionaryAction, Entry, EntriesAction
+from parasym.symmetry.dictionary import DictionaryAction, EntriesAction, Entry
 from parasym.symmetry.discrete import Candidate, as_symmetry, discrete_candidates, discrete_symmetries
 from parasym.symmetry.fibre import Sampled
 from parasym.symmetry.naming import group_of, name_of, where_of
 from parasym.symmetry.readers import readers
 from parasym.symmetry.search import Progress, Search, general_position, search, settle
 from parasym.symmetry.spaces import Spaces, find_spaces
-from parasym.symmetry.symmetry import Symmetry
+from parasym.symmetry.symmetry import Level, Symmetry
 from parasym.symmetry.tangent import NullSpace, flat_of
 from parasym.symmetry.twin import Twin, find_twin
 from parasym.symmetry.write import Writer, WritingError, action_of
@@ -51,7 +51,13 @@ class FullSize:
 
 
 def audit_full_size(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, graph: Graph, batches: list[Batch] | None, generator: torch.Generator, tell: Progress
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    graph: Graph,
+    batches: list[Batch] | None,
+    generator: torch.Generator,
+    tell: Progress,
 ) -> FullSize:
     """Search the twin, write at full size, certify.
 
@@ -65,12 +71,15 @@ def audit_full_size(
     tell("twin", 0.0)
     twin = find_twin(model, tuple(args), dict(kwargs or {}))
     if twin is None:
-        why = "no small twin of this architecture could be made, so its symmetries were not searched: audit it with completeness='exact' (slow), or its blocks one by one"
+        why = (
+            "no small twin of this architecture could be made, so its symmetries were not searched: "
+            "audit it with completeness='exact' (slow), or its blocks one by one"
+        )
         out.undecided.append({"name": "whole model", "why": why, "parameters": list(graph.params), "dim": 0})
         return FullSize([], out, None, None, None, "not counted: no twin", None)
     small = twin.graph
     data = _general(small, twin.data, generator)
-    level = "train" if getattr(model, "training", False) else "function"
+    level: Level = "train" if getattr(model, "training", False) else "function"
     found = search(small, data, generator, grow=False, general=True, blind=False, level=level, progress=tell)  # type: ignore[arg-type]
     tell("writing", 0.0)
     symmetries = _written(out, found, spaces, twin, batches, generator, level, tell)
@@ -84,7 +93,9 @@ def audit_full_size(
     out.approximate += found.approximate
     explained = found.explained / found.null.nullity if found.null.nullity else 1.0
     method = f"counted on a twin ({twin.how}): {found.null.nullity} null directions of {found.null.basis.shape[0]} parameters"
-    return FullSize(symmetries, out, found.null.basis.shape[0] - found.null.nullity, found.null.nullity, explained, method, twin.how, found.null.gap)
+    return FullSize(
+        symmetries, out, found.null.basis.shape[0] - found.null.nullity, found.null.nullity, explained, method, twin.how, found.null.gap
+    )
 
 
 def _general(small: Graph, batch: Batch, generator: torch.Generator) -> list[Batch]:
@@ -102,7 +113,16 @@ def _why(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "why": record.get("why") or record.get("reason", "")}
 
 
-def _written(out: Search, found: Search, spaces: Spaces, twin: Twin, batches: list[Batch] | None, generator: torch.Generator, level: str, tell: Progress) -> list[Symmetry]:
+def _written(
+    out: Search,
+    found: Search,
+    spaces: Spaces,
+    twin: Twin,
+    batches: list[Batch] | None,
+    generator: torch.Generator,
+    level: Level,
+    tell: Progress,
+) -> list[Symmetry]:
     graph = spaces.graph
     constants = graph.prepare(batches[0]) if batches else {}
     writer = Writer(spaces, found.spaces, twin.names, twin.layer_of, constants)
@@ -113,7 +133,14 @@ def _written(out: Search, found: Search, spaces: Spaces, twin: Twin, batches: li
     for k, (s, entry) in enumerate(zip(found.symmetries, found.entries, strict=True)):
         tell("writing", k / max(1, len(found.symmetries)))
         if entry is None or s.kind in ("point", "blind"):
-            out.undecided.append({"name": s.name, "why": f"a family of {s.dim} directions of the twin without a closed form, so it is not written at full size", "parameters": [], "dim": s.dim})
+            out.undecided.append(
+                {
+                    "name": s.name,
+                    "why": f"a family of {s.dim} directions of the twin without a closed form, so it is not written at full size",
+                    "parameters": [],
+                    "dim": s.dim,
+                }
+            )
             continue
         try:
             entries = writer.write(entry)
@@ -123,18 +150,40 @@ def _written(out: Search, found: Search, spaces: Spaces, twin: Twin, batches: li
         actions = [action_of(e, graph.params) for e in entries]
         residual = s.residual if judge is None or before is None else _joint_residual(actions, judge, before, graph.params, generator)
         if residual > ACCEPT:
-            out.refuted.append({"name": s.name, "why": f"holds on the twin, but a finite element changes the full model's outputs by {residual:.1e}", "parameters": [p for e in entries for p in e.parameters]})
+            out.refuted.append(
+                {
+                    "name": s.name,
+                    "why": f"holds on the twin, but a finite element changes the full model's outputs by {residual:.1e}",
+                    "parameters": [p for e in entries for p in e.parameters],
+                }
+            )
             continue
         note = "certified on the full model by a finite element" if judge else "certificate of the twin"
         for e, action in zip(entries, actions, strict=True):
             dim = _dim(action, entry, s.dim)
-            symmetries.append(Symmetry(name_of(e, near), group_of(e, action.dim), dim, s.kind, e.parameters, level, residual, True, action, where_of(e.parameters), note=note))  # type: ignore[arg-type]
+            symmetries.append(
+                Symmetry(
+                    name_of(e, near),
+                    group_of(e, action.dim),
+                    dim,
+                    s.kind,
+                    e.parameters,
+                    level,
+                    residual,
+                    True,
+                    action,
+                    where_of(e.parameters),
+                    note=note,
+                )
+            )  # type: ignore[arg-type]
             out.entries.append(e)
     out.symmetries = symmetries
     return symmetries
 
 
-def _joint_residual(actions: Sequence[DictionaryAction], judge: Sampled, before: Tensor, params: Mapping[str, Tensor], generator: torch.Generator) -> float:
+def _joint_residual(
+    actions: Sequence[DictionaryAction], judge: Sampled, before: Tensor, params: Mapping[str, Tensor], generator: torch.Generator
+) -> float:
     """One finite element of every copy of a family at once, end to end on the full model."""
     moved = dict(params)
     for a in actions:
@@ -164,11 +213,27 @@ def _dead(graph: Graph, found: Sequence[Symmetry]) -> list[Symmetry]:
         if name not in known:
             size = graph.params[name].numel()
             action = EntriesAction({name: torch.arange(size)})
-            out.append(Symmetry("unread parameters (free)", f"R^{size}", size, "pure", (name,), "function", 0.0, True, action, where_of((name,)), note="no output depends on it in the traced graph"))
+            out.append(
+                Symmetry(
+                    "unread parameters (free)",
+                    f"R^{size}",
+                    size,
+                    "pure",
+                    (name,),
+                    "function",
+                    0.0,
+                    True,
+                    action,
+                    where_of((name,)),
+                    note="no output depends on it in the traced graph",
+                )
+            )
     return out
 
 
-def _discrete(out: Search, found: Sequence[Symmetry], twin: Twin, graph: Graph, judge: Sampled | None, generator: torch.Generator) -> list[Symmetry]:
+def _discrete(
+    out: Search, found: Sequence[Symmetry], twin: Twin, graph: Graph, judge: Sampled | None, generator: torch.Generator
+) -> list[Symmetry]:
     """The full model's candidates whose counterpart on the twin is certified; all copies of one are tested at once."""
     certified = {_signature(s.action.key(), {}, twin.graph): s for s in found if hasattr(s.action, "key")}
     groups: dict[Any, list[Candidate]] = {}
@@ -187,7 +252,13 @@ def _discrete(out: Search, found: Sequence[Symmetry], twin: Twin, graph: Graph, 
                 moved.update(c.action.act(moved, list(c.action.tests(generator))[-1]))
             residual, note = relative_change(before, judge.outputs(moved)), "certified on the full model by a finite element"
         if residual > ACCEPT:
-            out.refuted.append({"name": candidates[0].name, "why": f"holds on the twin, but changes the full model's outputs by {residual:.1e}", "parameters": list(candidates[0].parameters(graph))})
+            out.refuted.append(
+                {
+                    "name": candidates[0].name,
+                    "why": f"holds on the twin, but changes the full model's outputs by {residual:.1e}",
+                    "parameters": list(candidates[0].parameters(graph)),
+                }
+            )
             continue
         for c in candidates:
             s = as_symmetry(graph, c, residual)

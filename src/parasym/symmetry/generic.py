@@ -18,7 +18,7 @@ from parasym.core.samples import draw
 from parasym.symmetry.spaces import Spaces, _arguments, _name
 
 _KINKED = ("relu", "leaky_relu", "prelu", "relu6", "hardtanh", "threshold", "abs", "clamp", "clamp_min", "hardswish", "hardsigmoid")
-_DRAWS, _BATCHES = 16, 6
+_DRAWS, _BATCHES, _SEEN = 24, 6, 0.2
 
 
 def generic_draw(graph: Graph, spaces: Spaces, data: Sequence[Tensor], seed: int = 3) -> dict[str, Tensor]:
@@ -126,13 +126,10 @@ def _units(graph: Graph, spaces: Spaces) -> dict[str, list[int]]:
 
 
 def _asleep(graph: Graph, params: Mapping[str, Tensor], batches: Sequence[list[Tensor]], units: Mapping[str, list[int]]) -> float:
-    """Share of units that are seen on one side of zero only."""
-    low: dict[str, Tensor] = {}
-    high: dict[str, Tensor] = {}
+    """How far units are from being seen on both sides of zero: the shares missing to ``_SEEN``, summed."""
+    on: dict[str, Tensor] = {}
     for data in batches:
         for (name, free), x in zip(units.items(), graph.replay(params, graph.prepare(data), list(units)), strict=True):
-            least, most = x.amin(free), x.amax(free)
-            low[name] = torch.minimum(low[name], least) if name in low else least
-            high[name] = torch.maximum(high[name], most) if name in high else most
-    dull = [((low[n] >= 0) | (high[n] <= 0)).to(torch.float64).reshape(-1) for n in units]
-    return float(torch.cat(dull).mean())
+            on[name] = on.get(name, torch.zeros(())) + (x > 0).to(torch.float64).mean(free) / len(batches)
+    shares = torch.cat([f.reshape(-1) for f in on.values()])
+    return float((_SEEN - torch.minimum(shares, 1 - shares)).clamp(min=0).sum())

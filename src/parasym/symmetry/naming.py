@@ -53,7 +53,7 @@ def name_of(entry: Entry, readers: Sequence[Reader], frozen: bool = False) -> st
     written = {(r.weight, r.out_axis) for r in readers}
     read = {(r.weight, r.in_axis) for r in readers}
     if entry.algebra in ("so", "so1"):
-        if entry.space.startswith("pair:") or entry.size == 2 and entry.copies.count > 1:
+        if entry.space.startswith("pair:") or (entry.size == 2 and entry.copies.count > 1):
             return "rotation of each rotary plane (queries against keys)"
         fixed = " that fixes the mean" if entry.algebra == "so1" else ""
         return "rotation of the stream" + fixed if any(t.gain is not None for _, t in entry.terms) else "rotation of the space" + fixed
@@ -83,11 +83,15 @@ def _scale_name(entry: Entry, written: set[tuple[str, int]]) -> str:
         return "one common scale"
     if any(t.op == "recentre" for _, t in entry.terms):
         return "scale of each filter against the gain of its frozen norm"
-    if up and not down or down and not up:
+    if (up and not down) or (down and not up):
         return "scale that the norm removes"
     first = [t for t in (*up, *down) if _is_gain(t)]
     if first and any(not _is_gain(t) for t in (*up, *down)):
-        return "norm gain against its readers" if all(not ((t.place.parameter, t.place.axis) in written) for t in (*up, *down)) else "rescaling of each channel"
+        return (
+            "norm gain against its readers"
+            if all((t.place.parameter, t.place.axis) not in written for t in (*up, *down))
+            else "rescaling of each channel"
+        )
     return "rescaling of each unit"
 
 

@@ -19,7 +19,15 @@ def picture(graph: Graph, spaces: Spaces, found: Sequence[Symmetry]) -> dict[str
     nodes: list[dict[str, Any]] = [{"id": name, "label": name, "op": "input", "where": "", "params": []} for name in graph.inputs]
     for name, n in ops.items():
         params = graph.parameters_of(n)
-        nodes.append({"id": name, "label": params[0].split(".")[-1] if params else name, "op": str(getattr(n.target, "__name__", n.target)), "where": where_of(params), "params": params})
+        nodes.append(
+            {
+                "id": name,
+                "label": params[0].split(".")[-1] if params else name,
+                "op": str(getattr(n.target, "__name__", n.target)),
+                "where": where_of(params),
+                "params": params,
+            }
+        )
     reach: dict[str, frozenset[str]] = {name: frozenset((name,)) for name in graph.inputs}
     edges: list[dict[str, Any]] = []
     group = _groups(found)
@@ -50,4 +58,10 @@ def _edge(graph: Graph, ops: dict[str, Any], source: str, target: str, group: di
     value = ops[source].meta.get("val") if source in ops else None
     size = int(value.shape[-1 if value.dim() != 4 else 1]) if isinstance(value, Tensor) and value.dim() else 0
     params = graph.parameters_of(ops[source]) if source in ops else []
-    return {"source": source, "target": target, "space": str(size) if size else "", "size": size, "group": next((group[p] for p in params if p in group), "")}
+    return {
+        "source": source,
+        "target": target,
+        "space": str(size) if size else "",
+        "size": size,
+        "group": next((group[p] for p in params if p in group), ""),
+    }

@@ -33,7 +33,9 @@ def places_of(spaces: Spaces) -> dict[str, list[Place]]:
                     if p.shape[axis] <= _MAX_COLUMNS:
                         out.setdefault(atom_name(atom), []).append(place_at(spaces, name, axis, slot, atom))
             if len(blocks) == 1 and len(blocks[0].atoms) > 1:
-                products.setdefault((blocks[0].atoms,), []).append(Place(name, axis, (-1,), torch.arange(p.shape[axis])[:, None], {}, p.shape[axis]))
+                products.setdefault((blocks[0].atoms,), []).append(
+                    Place(name, axis, (-1,), torch.arange(p.shape[axis])[:, None], {}, p.shape[axis])
+                )
             for first, second in _pairs(blocks):
                 key = f"pair:{blocks[first].atoms[-1]}"
                 out.setdefault(key, []).append(_pair(name, axis, p.shape[axis], first, blocks[first], blocks[second]))
@@ -92,7 +94,7 @@ def _columns(block: Monomial, atom: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _pairs(blocks: tuple[Monomial, ...]) -> list[tuple[int, int]]:
-    out = []
+    out: list[tuple[int, int]] = []
     for i, b in enumerate(blocks[:-1]):
         c = blocks[i + 1]
         if b.atoms and b.atoms == c.atoms and b.strides == c.strides and not any(i in p for p in out):
@@ -101,7 +103,8 @@ def _pairs(blocks: tuple[Monomial, ...]) -> list[tuple[int, int]]:
 
 
 def _pair(name: str, axis: int, size: int, slot: int, first: Monomial, second: Monomial) -> Place:
-    at, outer = torch.zeros(1, dtype=torch.long), {}
+    at = torch.zeros(1, dtype=torch.long)
+    outer: dict[str, Tensor] = {}
     for a, stride, s in zip(first.atoms, first.strides, first.sizes, strict=True):
         m = len(at)
         at = (at[:, None] + stride * torch.arange(s)).reshape(-1)

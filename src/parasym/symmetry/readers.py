@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -11,10 +12,28 @@ from parasym.core.graph import Graph
 
 aten = torch.ops.aten
 _MOVES = {
-    aten.reshape.default, aten.view.default, aten.transpose.int, aten.permute.default, aten.alias.default, aten.clone.default, aten.contiguous.default,
-    aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.to.dtype, aten.dropout.default, aten.detach.default, aten.t.default, aten.unflatten.int, aten.expand.default, aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.view.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.flatten.using_ints,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+    aten.squeeze.dims,
+    aten.to.dtype,
+    aten.dropout.default,
+    aten.detach.default,
+    aten.t.default,
+    aten.unflatten.int,
+    aten.expand.default,
+    aten._unsafe_view.default,
 }
-_MULTIPLY, _ADD = {aten.mul.Tensor}, {aten.add.Tensor}
+_MULTIPLY: set[Any] = {aten.mul.Tensor}
+_ADD: set[Any] = {aten.add.Tensor}
 
 
 @dataclass(frozen=True)
@@ -84,7 +103,7 @@ def _product(graph: Graph, n: Node) -> tuple[Node, str, int, int] | None:
     elif name.startswith("aten.conv"):
         x, w = n.args[0], n.args[1]
         transposed = "transpose" in name or (name.startswith("aten.convolution") and bool(n.args[6]))
-        groups_at = {"aten.convolution.default": 8}.get(name, 7 if "transpose" in name else 6)
+        groups_at = {"aten.convolution.default": 8}.get(str(name), 7 if "transpose" in name else 6)
         if "transpose" in name:
             groups_at = 6
         groups = n.args[groups_at] if len(n.args) > groups_at else n.kwargs.get("groups", 1)
@@ -105,7 +124,7 @@ def _skip(n: Node) -> Node:
     return n
 
 
-def _vector(graph: Graph, n: Node, targets: set[object]) -> tuple[str, Node] | None:
+def _vector(graph: Graph, n: Node, targets: set[Any]) -> tuple[str, Node] | None:
     """For an addition or product of an activation with a raw vector parameter: (parameter, activation)."""
     if n.op != "call_function" or n.target not in targets or len(n.all_input_nodes) != 2:
         return None
@@ -117,7 +136,10 @@ def _vector(graph: Graph, n: Node, targets: set[object]) -> tuple[str, Node] | N
             q = p
             while q.op == "call_function" and q.target in _MOVES and isinstance(q.args[0], Node):
                 q = q.args[0]
-            if q.name in graph.holders and max(graph.params[graph.holders[q.name]].shape, default=1) == graph.params[graph.holders[q.name]].numel():
+            if (
+                q.name in graph.holders
+                and max(graph.params[graph.holders[q.name]].shape, default=1) == graph.params[graph.holders[q.name]].numel()
+            ):
                 return graph.holders[q.name], x
     return None
 
@@ -178,4 +200,4 @@ def _constant(graph: Graph, n: Node, target: object) -> tuple[Node, Node] | None
     if n.target is not target or not all(isinstance(a, Node) for a in n.args[:2]):
         return None
     x, c = n.args[0], n.args[1]
-    return (x, c) if graph.kind.get(c.name) == "const" else None  # type: ignore[union-attr, return-value]
+    return (x, c) if graph.kind.get(str(c.name)) == "const" else None  # type: ignore[union-attr, return-value]

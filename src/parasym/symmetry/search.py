@@ -7,7 +7,7 @@ is found at those weights. Closed forms first; what they leave is found blind an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from parasym.core.graph import Graph
 from parasym.core.samples import Batch, draw, generic_parameters
 from parasym.symmetry.certify import ACCEPT, Certificate, certify, relative_change
-from parasym.symmetry.dictionary import DictionaryAction, Entry
+from parasym.symmetry.dictionary import Entry
 from parasym.symmetry.discover import Discovery, Found
 from parasym.symmetry.families import Cover, Family, class_subspaces
 from parasym.symmetry.fibre import FibreAction, Sampled
@@ -57,7 +57,9 @@ class Search:
     moving: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
-def settle(graph: Graph, params: Mapping[str, Tensor], batches: list[Batch], flat: Flat, generator: torch.Generator, grow: bool, wide: bool = False) -> tuple[NullSpace, list[Batch]]:
+def settle(
+    graph: Graph, params: Mapping[str, Tensor], batches: list[Batch], flat: Flat, generator: torch.Generator, grow: bool, wide: bool = False
+) -> tuple[NullSpace, list[Batch]]:
     """Null space on enough samples: half as many again are added until the rank has not grown twice in a row."""
     R = triangular(graph, params, batches, flat)
     null = null_space(R, len(batches))
@@ -78,7 +80,15 @@ def settle(graph: Graph, params: Mapping[str, Tensor], batches: list[Batch], fla
 
 
 def search(
-    graph: Graph, batches: list[Batch], generator: torch.Generator, *, grow: bool = True, general: bool = False, blind: bool = True, level: Level = "function", progress: Progress | None = None
+    graph: Graph,
+    batches: list[Batch],
+    generator: torch.Generator,
+    *,
+    grow: bool = True,
+    general: bool = False,
+    blind: bool = True,
+    level: Level = "function",
+    progress: Progress | None = None,
 ) -> Search:
     """Find, certify and count every continuous symmetry of a small graph.
 
@@ -112,7 +122,14 @@ def search(
     tell("blind stage", 0.8)
     if not here.complete and not blind:
         left = null.nullity - here.explained.shape[1]
-        out.undecided.append({"name": "null directions without a closed form", "why": "the dictionary leaves them, and no blind search was made", "parameters": [], "dim": left})
+        out.undecided.append(
+            {
+                "name": "null directions without a closed form",
+                "why": "the dictionary leaves them, and no blind search was made",
+                "parameters": [],
+                "dim": left,
+            }
+        )
     elif not here.complete:
         _blind(out, here, flat, judge, level, generator)
     out.explained = sum(s.dim for s in out.symmetries)
@@ -121,7 +138,9 @@ def search(
     return out
 
 
-def general_position(graph: Graph, batches: Sequence[Batch], flat: Flat, generator: torch.Generator, null: NullSpace) -> tuple[dict[str, Tensor], NullSpace]:
+def general_position(
+    graph: Graph, batches: Sequence[Batch], flat: Flat, generator: torch.Generator, null: NullSpace
+) -> tuple[dict[str, Tensor], NullSpace]:
     """Redrawn parameters with the smallest nullity of a few draws: accidents only ever add null directions."""
     best: tuple[dict[str, Tensor], NullSpace] | None = None
     for attempt in range(6):
@@ -146,7 +165,13 @@ def _admit(out: Search, here: Discovery, found: Found, judge: Sampled, level: Le
         return
     outside = here.tangent_error(found.action)
     if outside > 1e-6 and found.entry.algebra != "free":  # an accident of the redrawn weights is no claim about these
-        out.refuted.append({"name": name_of(found.entry, here.readers), "why": f"its tangents leave the null space at these weights (relative part {outside:.1e})", "parameters": list(found.entry.parameters)})
+        out.refuted.append(
+            {
+                "name": name_of(found.entry, here.readers),
+                "why": f"its tangents leave the null space at these weights (relative part {outside:.1e})",
+                "parameters": list(found.entry.parameters),
+            }
+        )
 
 
 def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, generator: torch.Generator, point: bool) -> None:
@@ -157,9 +182,25 @@ def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, gene
     if not certificate.accepted:
         _reject(out, name, parameters, found.new, certificate)
         return
-    kind: Kind = "point" if point else {"free": "pure", "row": "pure", "shift": "translation", "scale": "diagonal"}.get(entry.algebra, "linear")  # type: ignore[assignment]
-    out.symmetries.append(Symmetry(name, group_of(entry, found.action.dim), found.new, kind, parameters, level, certificate.residual, True, found.action, where_of(parameters)))
+    kind: Kind = "point" if point else _KINDS.get(entry.algebra, "linear")
+    out.symmetries.append(
+        Symmetry(
+            name,
+            group_of(entry, found.action.dim),
+            found.new,
+            kind,
+            parameters,
+            level,
+            certificate.residual,
+            True,
+            found.action,
+            where_of(parameters),
+        )
+    )
     out.entries.append(entry if entry.terms else None)
+
+
+_KINDS: dict[str, Kind] = {"free": "pure", "row": "pure", "shift": "translation", "scale": "diagonal"}
 
 
 def here_readers(graph: Graph) -> Any:
@@ -174,7 +215,13 @@ def here_readers(graph: Graph) -> Any:
 def _reject(out: Search, name: str, parameters: Sequence[str], dim: int, c: Certificate) -> None:
     record = {"name": name, "parameters": list(parameters), "dim": dim}
     if c.residual < 1e-3 and c.moved > 1e-3:
-        out.approximate.append({**record, "ratio": c.residual, "why": "holds to first order and up to a small constant (the eps of a norm) under finite elements"})
+        out.approximate.append(
+            {
+                **record,
+                "ratio": c.residual,
+                "why": "holds to first order and up to a small constant (the eps of a norm) under finite elements",
+            }
+        )
     else:
         out.refuted.append({**record, "why": f"a finite element changes the outputs by {c.residual:.1e} (moved {c.moved:.1e})"})
 
@@ -195,16 +242,24 @@ def _blind(out: Search, here: Discovery, flat: Flat, judge: Sampled, level: Leve
         _certify_family(out, family, sampled, judge, flat, level, generator, special)
     left = cover._fresh(torch.eye(n, dtype=torch.float64)).shape[1]
     if left:
-        out.undecided.append({"name": "null directions without a family", "why": "no parameter set carries them", "parameters": [], "dim": left})
+        out.undecided.append(
+            {"name": "null directions without a family", "why": "no parameter set carries them", "parameters": [], "dim": left}
+        )
 
 
 _FIBRE_NAMES = {
-    "pure": "directions that no reader sees", "translation": "translation of activations", "diagonal": "scale of units", "linear": "linear map of activations",
-    "affine": "affine map of activations", "blind": "fibre of an over-complete map",
+    "pure": "directions that no reader sees",
+    "translation": "translation of activations",
+    "diagonal": "scale of units",
+    "linear": "linear map of activations",
+    "affine": "affine map of activations",
+    "blind": "fibre of an over-complete map",
 }
 
 
-def _certify_family(out: Search, family: Family, sampled: Sampled, judge: Sampled, flat: Flat, level: Level, generator: torch.Generator, special: bool) -> None:
+def _certify_family(
+    out: Search, family: Family, sampled: Sampled, judge: Sampled, flat: Flat, level: Level, generator: torch.Generator, special: bool
+) -> None:
     name = _FIBRE_NAMES[family.kind]
     best: Certificate | None = None
     for names in (family.parameters, tuple(flat.shapes)):  # the fibre may curve out of the smallest set: then all may move
@@ -218,16 +273,34 @@ def _certify_family(out: Search, family: Family, sampled: Sampled, judge: Sample
     assert best is not None
     if best.accepted:
         kind: Kind = "point" if special else family.kind
-        note = "true at these weights and on these inputs; certified by step and retraction" if special else "certified by step and retraction"
-        out.symmetries.append(Symmetry(name, f"R^{family.dim} (fibre)", family.dim, kind, family.parameters, level, best.residual, True, action, where_of(family.parameters), note=note))
+        note = (
+            "true at these weights and on these inputs; certified by step and retraction" if special else "certified by step and retraction"
+        )
+        out.symmetries.append(
+            Symmetry(
+                name,
+                f"R^{family.dim} (fibre)",
+                family.dim,
+                kind,
+                family.parameters,
+                level,
+                best.residual,
+                True,
+                action,
+                where_of(family.parameters),
+                note=note,
+            )
+        )
         out.entries.append(None)
         return
     why = f"null to first order, but no finite move was certified (residual {best.residual:.1e}, moved {best.moved:.1e})"
     out.undecided.append({"name": name, "why": why, "parameters": list(family.parameters), "dim": family.dim})
 
 
-def certify_fibre(action: FibreAction, judge: Sampled, params: Mapping[str, Tensor], generator: torch.Generator, size: float) -> Certificate:
-    """One step and retraction along each of a few random combinations: unchanged on the judge's inputs, and still moved the way it was asked to."""
+def certify_fibre(
+    action: FibreAction, judge: Sampled, params: Mapping[str, Tensor], generator: torch.Generator, size: float
+) -> Certificate:
+    """One step and retraction: outputs unchanged on the judge's inputs, and the parameters moved the way they were asked to."""
     before = judge.outputs(params)
     element = torch.randn(action.dim, generator=generator, dtype=torch.float64)
     element = size * element / element.norm()

@@ -8,7 +8,7 @@ map on every sample (a symmetry) and which cannot be seen by any reader.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -52,14 +52,20 @@ class Flat:
 
     def rows(self, names: Sequence[str]) -> Tensor:
         """Indices of the entries of some parameters."""
-        return torch.cat([torch.arange(self.slices[n].start, self.slices[n].stop) for n in names]) if names else torch.zeros(0, dtype=torch.long)
+        return (
+            torch.cat([torch.arange(self.slices[n].start, self.slices[n].stop) for n in names])
+            if names
+            else torch.zeros(0, dtype=torch.long)
+        )
 
 
 def flat_of(graph: Graph) -> Flat:
     return Flat({n: p.shape for n, p in graph.params.items()})
 
 
-def jacobian_columns(graph: Graph, params: Mapping[str, Tensor], env: Mapping[str, object], wanted: Sequence[str], directions: Tensor, flat: Flat) -> list[Tensor]:
+def jacobian_columns(
+    graph: Graph, params: Mapping[str, Tensor], env: Mapping[str, object], wanted: Sequence[str], directions: Tensor, flat: Flat
+) -> list[Tensor]:
     """Derivatives of some nodes along parameter directions, by forward mode.
 
     Args:
@@ -100,20 +106,25 @@ def jacobian(graph: Graph, params: Mapping[str, Tensor], env: Mapping[str, objec
         return torch.cat([o.reshape(-1) for o in graph.replay({**params, **p}, env)])
 
     with math_attention():
-        value, pull = torch.func.vjp(run, base)
+        value, pull = torch.func.vjp(run, base)[:2]
         outputs = value.numel()
+        back = _first_of(pull)
         if 3 * outputs < k:
             chunk = max(1, min(outputs, _TANGENT_BYTES // (64 * flat.size + 8 * 40 * outputs)))
             try:
-                grads = [torch.func.vmap(lambda v: pull(v)[0])(c) for c in torch.eye(outputs, dtype=value.dtype).split(chunk)]
+                grads = [torch.func.vmap(back)(c) for c in torch.eye(outputs, dtype=value.dtype).split(chunk)]
                 J = torch.cat([torch.cat([g[n].reshape(len(g[n]), -1) for n in flat.shapes], 1) for g in grads])
                 return J if rows is None else J[:, rows]
             except RuntimeError:  # an operator without a batching rule for its derivative: forward mode then
                 pass
-        del value, pull
+        del value, pull, back
     directions = torch.eye(flat.size, dtype=torch.float64)
     columns = jacobian_columns(graph, params, env, graph.outputs, directions if rows is None else directions[rows], flat)
     return torch.cat([c.reshape(k, -1) for c in columns], 1).T
+
+
+def _first_of(pull: Callable[[Tensor], tuple[dict[str, Tensor], ...]]) -> Callable[[Tensor], dict[str, Tensor]]:
+    return lambda v: pull(v)[0]
 
 
 @dataclass
@@ -165,7 +176,10 @@ def triangular(graph: Graph, params: Mapping[str, Tensor], batches: Sequence[Bat
     for data in batches:
         J = jacobian(graph, params, graph.prepare(data), flat)
         if not torch.isfinite(J).all():
-            raise InputError("the Jacobian of the model is not finite at these weights and inputs: look for NaN or infinite weights, overflow, or a square root or logarithm at zero.")
+            raise InputError(
+                "the Jacobian of the model is not finite at these weights and inputs: look for NaN or infinite weights, "
+                "overflow, or a square root or logarithm at zero."
+            )
         R = torch.linalg.qr(torch.cat([R, J]), mode="r").R if len(R) + len(J) > flat.size else torch.cat([R, J])
     return R
 
@@ -287,7 +301,14 @@ def by_sample(t: Tensor, layout: tuple[int, int, bool] | None, lead: int = 0) ->
     return t
 
 
-def hidden_directions(graph: Graph, params: Mapping[str, Tensor], batches: Sequence[Batch], names: Sequence[str], layouts: Mapping[str, tuple[int, int, bool] | None], generator: torch.Generator) -> dict[str, Tensor]:
+def hidden_directions(
+    graph: Graph,
+    params: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    names: Sequence[str],
+    layouts: Mapping[str, tuple[int, int, bool] | None],
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
     """Directions of each edge that no output depends on, to first order: the null space of all gradients arriving there."""
     rows: dict[str, list[Tensor]] = {n: [] for n in names}
     for data in batches:
@@ -296,18 +317,20 @@ def hidden_directions(graph: Graph, params: Mapping[str, Tensor], batches: Seque
         for holder, canonical in graph.holders.items():
             live[holder] = params[canonical]
         leaves: dict[str, Tensor] = {}
-        for n in graph.nodes:
-            if n.name in live:
+        for node in graph.nodes:
+            if node.name in live:
                 continue
-            value = graph._evaluate(n, live)
-            if n.name in rows and isinstance(value, Tensor) and value.is_floating_point():
+            value = graph._evaluate(node, live)
+            if node.name in rows and isinstance(value, Tensor) and value.is_floating_point():
                 value = value.requires_grad_() if value.is_leaf else value
-                leaves[n.name] = value
-            live[n.name] = value
+                leaves[node.name] = value
+            live[node.name] = value
         outs = [live[o] for o in graph.outputs]
         size = {n: v.numel() for n, v in leaves.items()}
         per_sample = {n: s // max(1, (layouts[n] or (0, 1, True))[1]) for n, s in size.items()}
-        need = max([math.ceil(1.5 * p / max(1, (layouts[n] or (0, 1, True))[1]) / len(batches)) for n, p in per_sample.items()], default=0) + 4
+        need = (
+            max([math.ceil(1.5 * p / max(1, (layouts[n] or (0, 1, True))[1]) / len(batches)) for n, p in per_sample.items()], default=0) + 4
+        )
         for _ in range(min(need, 400)):
             weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outs]
             total = sum((w * o).sum() for w, o in zip(weights, outs, strict=True))

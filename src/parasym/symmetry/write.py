@@ -32,7 +32,9 @@ class Writer:
         constants: constants of the full graph (statistics of frozen norms), where their values are at hand.
     """
 
-    def __init__(self, full: Spaces, twin: Spaces, names: Mapping[str, str], layer_of: Callable[[str], Layer], constants: Mapping[str, object]) -> None:
+    def __init__(
+        self, full: Spaces, twin: Spaces, names: Mapping[str, str], layer_of: Callable[[str], Layer], constants: Mapping[str, object]
+    ) -> None:
         self.full, self.twin, self.layer_of, self.constants = full, twin, layer_of, constants
         self.preimages: dict[str, list[str]] = {}
         for f, t in names.items():
@@ -104,7 +106,14 @@ class Writer:
         if place.branch == ():
             n = params[f].shape[place.axis]
             index = torch.arange(n)
-            return Place(f, place.axis, (), index[None, :] if place.index.shape[0] == 1 and place.index.shape[1] > 1 or space == "" else index[:, None], {}, n)
+            return Place(
+                f,
+                place.axis,
+                (),
+                index[None, :] if (place.index.shape[0] == 1 and place.index.shape[1] > 1) or space == "" else index[:, None],
+                {},
+                n,
+            )
         if place.branch == (-1,):
             n = params[f].shape[place.axis]
             return Place(f, place.axis, (-1,), torch.arange(n)[:, None], {}, n)
