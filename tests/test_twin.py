@@ -433,3 +433,21 @@ def test_the_model_and_the_random_state_are_left_alone() -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     assert all(torch.equal(p, second.graph.params[n]) for n, p in first.graph.params.items())
+
+
+def test_an_exported_program_serves_too() -> None:
+    model, x = mlp(64, 100, 80, 10), torch.randn(4, 64)
+    twin = make_twin(torch.export.export(model, (x,)), (x,))  # type: ignore[arg-type]
+    check(twin)
+    assert set(twin.names) == {n for n, _ in model.named_parameters()}
+
+
+def test_the_weights_drawn_leave_no_unit_dead_or_always_on() -> None:
+    twin = make_twin(mlp(784, 256, 128, 10), (torch.randn(4, 784),))
+    x = torch.randn(300, twin.data[0].shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for layer in (0, 2):
+        x = x @ twin.graph.params[f"{layer}.weight"].T + twin.graph.params[f"{layer}.bias"]
+        share = (x > 0).to(torch.float64).mean(0)
+        assert float(share.min()) > 0.05
+        assert float(share.max()) < 0.95
+        x = x.relu()

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from parasym import __version__
-from parasym.core.errors import InputError
-from parasym.core.functional import float_outputs
+from parasym.core.errors import InputError, ParasymError
+from parasym.core.functional import float_outputs, functional
 from parasym.core.graph import Graph, trace
 from parasym.core.guards import check_deterministic, preserve, rng_state
 from parasym.core.samples import Batch, draw, flatten
@@ -22,7 +23,7 @@ from parasym.symmetry.discrete import discrete_symmetries
 from parasym.symmetry.full import audit_full_size
 from parasym.symmetry.picture import picture
 from parasym.symmetry.search import Progress, Search, search
-from parasym.symmetry.symmetry import Symmetry, SymmetrySet
+from parasym.symmetry.symmetry import Level, Symmetry, SymmetrySet
 
 EXACT_PARAMETERS = 1500
 Completeness = Literal["auto", "exact", "none"]
@@ -146,18 +147,19 @@ def audit(
         InputError, TraceError, NonDeterministicError: what, where, and what to do.
     """
     tell = progress or (lambda stage, fraction: None)
+    _check_options(completeness, seed, loss_fn, inputs, args, model)
     generator = torch.Generator().manual_seed(seed)
     tell("trace", 0.0)
     with rng_state():
         _check(model, args, kwargs)
+        if loss_fn is not None:
+            _check_loss(model, loss_fn, args, kwargs)
         graph = trace(model, args, kwargs)
         batches = (
             [flatten(graph, args, kwargs)]
             if inputs is None
             else [flatten(graph, tuple(i), kwargs if len(i) == len(args) else None) for i in inputs]
         )
-        if not batches:
-            raise InputError("inputs is empty: give at least one tuple of arguments, or None to draw them.")
         _check_weights(graph)
         size = sum(p.numel() for p in graph.params.values())
         if size > EXACT_PARAMETERS and completeness != "exact":
@@ -165,7 +167,8 @@ def audit(
             symmetries, count = found.symmetries, Count(size, found.rank, found.nullity, found.explained, False, found.method, found.gap)
             result, twin = found.search, found.twin
         else:
-            result = search(graph, batches, generator, grow=inputs is None, level="train" if model.training else "function", progress=tell)
+            level: Level = "train" if getattr(model, "training", False) else "function"
+            result = search(graph, batches, generator, grow=inputs is None, level=level, progress=tell)
             symmetries, twin = list(result.symmetries), None
             explained = result.explained / result.null.nullity if result.null.nullity else 1.0
             method = f"singular values of the Jacobian on {len(result.batches)} batches, cut at the gap"
@@ -215,6 +218,7 @@ def symmetries(
     generator = torch.Generator().manual_seed(seed)
     tell = progress or (lambda stage, fraction: None)
     with rng_state():
+        _check(model, args, kwargs, values=False)
         graph = trace(model, args, kwargs, values=False)
         size = sum(p.numel() for p in graph.params.values())
         if size > EXACT_PARAMETERS:
@@ -235,8 +239,6 @@ def symmetries(
 
 def _concrete(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any] | None, generator: torch.Generator) -> Batch:
     """The example batch, drawn where it lies on the meta device."""
-    import torch.utils._pytree as pytree
-
     leaves = [a for a in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(a, Tensor)]
     if any(a.device.type == "meta" for a in leaves):
         like = [torch.zeros(a.shape, dtype=torch.float64 if a.is_floating_point() else a.dtype) for a in leaves]
@@ -245,25 +247,35 @@ def _concrete(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
     return flatten(graph, args, kwargs)
 
 
-def _check(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
-    """Two evaluations must agree, and something must come out."""
+def _check(model: Any, args: Any, kwargs: Any, values: bool = True) -> None:
+    """The model and its arguments can be used: two evaluations agree, and finite numbers come out.
+
+    Args:
+        values: whether the weights matter (False: any values, and none on the meta device, will do).
+    """
+    _check_arguments(args, kwargs)
+    if isinstance(model, torch.export.ExportedProgram):
+        return
     if not isinstance(model, nn.Module):
-        if isinstance(model, torch.export.ExportedProgram):
-            return
+        hint = " That is a class: make an instance." if isinstance(model, type) else ""
         raise InputError(
             f"parasym audits torch.nn.Module objects, got {type(model).__name__}. "
-            f"Pass the model itself, not its class, state_dict or function."
+            f"Pass the model itself, not its class, state_dict or function.{hint}"
         )
+    meta = any(p.device.type == "meta" for p in model.parameters())
+    if meta and values:
+        raise InputError(
+            "the model is on the meta device, so there are no weights to audit. Use parasym.symmetries(model, args), or load weights first."
+        )
+    functional(model, values=values)  # lazy, scripted, quantised, packed, sparse, sharded, not finite: each has its message
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
             "the model has no trainable parameters (all are frozen, or there are none). Set requires_grad on what you want audited."
         )
-    if any(p.device.type == "meta" for p in model.parameters()):
-        raise InputError(
-            "the model is on the meta device, so there are no weights to audit. Use parasym.symmetries(model, args), or load weights first."
-        )
-    if not isinstance(args, (tuple, list)):
-        raise InputError(f"args must be a tuple of the model's arguments, got {type(args).__name__}; for one tensor write args=(x,).")
+    if any(p.is_inference() for p in model.parameters()):
+        raise InputError("the weights were made under torch.inference_mode and have no derivative: make or load the model outside it.")
+    if meta:
+        return
 
     def run() -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -271,12 +283,71 @@ def _check(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) ->
 
     try:
         with preserve(model):
-            check_deterministic(run, model=model)
-    except (TypeError, RuntimeError, ValueError, IndexError, AttributeError, KeyError) as error:
-        shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args)
+            out = check_deterministic(run, model=model, what=f"{type(model).__name__} on the example arguments")
+    except (ParasymError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a forward may raise
         raise InputError(
-            f"{type(model).__name__} does not accept the example arguments ({shapes}): {type(error).__name__}: {str(error)[:300]}"
+            f"{type(model).__name__} does not accept the example arguments ({_shapes(args, kwargs)}): "
+            f"{type(error).__name__}: {str(error)[:300]}"
         ) from error
+    if not sum(o.numel() for o in out):
+        raise InputError(f"the outputs on the arguments ({_shapes(args, kwargs)}) have no entries: give a batch of at least one sample.")
+    bad = sum(int((~torch.isfinite(o)).sum()) for o in out)
+    if values and bad:
+        raise InputError(
+            f"{bad} of {sum(o.numel() for o in out)} outputs are NaN or infinite on the example arguments, so nothing can be compared. "
+            "Look for overflow, a logarithm or root of a negative number; return masked logits as large finite numbers."
+        )
+
+
+def _check_arguments(args: Any, kwargs: Any) -> None:
+    if not isinstance(args, (tuple, list)):
+        raise InputError(f"args must be a tuple of the model's arguments, got {type(args).__name__}; for one tensor write args=(x,).")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise InputError(f"kwargs must be a mapping of argument names to values, got {type(kwargs).__name__}.")
+    for leaf in pytree.tree_leaves((tuple(args), dict(kwargs or {}))):
+        if isinstance(leaf, Tensor) and leaf.layout is not torch.strided:
+            raise InputError(f"an input of shape {tuple(leaf.shape)} has layout {leaf.layout}: give it dense, x.to_dense().")
+
+
+def _check_options(completeness: Any, seed: Any, loss_fn: Any, inputs: Any, args: Sequence[Any], model: Any) -> None:
+    if completeness not in get_args(Completeness):
+        raise InputError(f"completeness must be one of {', '.join(get_args(Completeness))}, got {completeness!r}.")
+    if not isinstance(seed, int):
+        raise InputError(f"seed must be an integer, got {type(seed).__name__}.")
+    if loss_fn is not None and not callable(loss_fn):
+        raise InputError(f"loss_fn must be a function of the model's output, got {type(loss_fn).__name__}.")
+    if loss_fn is not None and not isinstance(model, nn.Module):
+        raise InputError("loss_fn needs the module itself, not an exported program.")
+    if inputs is None:
+        return
+    if not isinstance(inputs, (tuple, list)) or not all(isinstance(i, (tuple, list)) for i in inputs):
+        raise InputError("inputs must be a list of argument tuples, such as [(x1,), (x2,)].")
+    if not inputs:
+        raise InputError("inputs is empty: give at least one tuple of arguments, or None to draw them.")
+    example = [a for a in pytree.tree_leaves(tuple(args)) if isinstance(a, Tensor)]
+    for k, given in enumerate(inputs):
+        for a, b in zip(example, (x for x in pytree.tree_leaves(tuple(given)) if isinstance(x, Tensor)), strict=False):
+            if (a.is_floating_point(), a.is_complex()) != (b.is_floating_point(), b.is_complex()):
+                raise InputError(f"entry {k} of inputs holds a tensor of {b.dtype} where args has one of {a.dtype}.")
+
+
+def _check_loss(model: nn.Module, loss_fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
+    with preserve(model), torch.no_grad():
+        out = model(*args, **dict(kwargs or {}))
+        try:
+            loss = loss_fn(out)
+        except Exception as error:
+            raise InputError(f"loss_fn failed on the model's output: {type(error).__name__}: {str(error)[:300]}") from error
+    float_outputs(loss, "loss_fn")
+
+
+def _shapes(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> str:
+    def one(a: Any) -> str:
+        return str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__
+
+    return ", ".join([*map(one, args), *(f"{k}={one(v)}" for k, v in (kwargs or {}).items())])
 
 
 def _check_weights(graph: Graph) -> None:

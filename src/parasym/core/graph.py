@@ -240,6 +240,7 @@ def _from_program(
             inputs.append(n.name)
         else:
             constants[n.name] = torch.zeros(())
+    _check_shapes(fx)
     _normalise(module)
     _lift_casts(module)
     kind = _classify(fx, holders, inputs)
@@ -279,6 +280,19 @@ def _from_program(
             fx.erase_node(n)
     input_dtypes = [by_name[i].meta["val"].dtype if isinstance(by_name[i].meta.get("val"), Tensor) else torch.float64 for i in inputs]
     return Graph(fx, params, aliases, constants, holders, inputs, kind, outputs, how, module, dead, input_dtypes)
+
+
+def _check_shapes(fx: torch.fx.Graph) -> None:
+    """Every sample must have the same shapes: a selection by value has another length for other weights."""
+    for n in fx.nodes:
+        value = n.meta.get("val")
+        if isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
+            line = [x.strip() for x in (n.meta.get("stack_trace") or "").splitlines() if x.strip()]
+            at = f" ({line[-1][:120]})" if line else ""
+            raise TraceError(
+                f"the shape of {n.name} depends on the data{at}: a selection by value, such as x[x > 0]. "
+                "Replace it by a mask or torch.where, fix the dynamic dimensions, or audit the sub-modules that can be traced."
+            )
 
 
 def _lift(t: Tensor, values: bool) -> Tensor:

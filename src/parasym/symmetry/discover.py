@@ -32,9 +32,9 @@ from parasym.symmetry.dictionary import (
 )
 from parasym.symmetry.readers import frozen_norms, readers
 from parasym.symmetry.symmetry import Params
-from parasym.symmetry.tangent import Flat, kernel
+from parasym.symmetry.tangent import Flat, NullSpace, kernel
 
-_TOL = 1e-8
+_TOL = 1e-11  # null directions move outputs by 1e-15, genuine ones by 4e-10 and more
 Places = Mapping[str, Sequence[Place]]
 
 
@@ -54,15 +54,15 @@ class Discovery:
         self,
         graph: Graph,
         params: Params,
-        null: Tensor,
+        null: NullSpace,
         flat: Flat,
         places: Places,
         constants: Mapping[str, object],
         generator: torch.Generator,
     ) -> None:
         self.graph, self.params, self.flat, self.generator = graph, params, flat, generator
-        self.null = null
-        self.explained = torch.zeros(null.shape[1], 0, dtype=torch.float64)
+        self.null, self.factor = null.basis, null.factor / (null.scale or 1.0)
+        self.explained = torch.zeros(null.nullity, 0, dtype=torch.float64)
         self.places = {k: list(v) for k, v in places.items()}
         self.sizes = {k: v[0].index.shape[0] for k, v in self.places.items() if v}
         self.readers, self.frozen = readers(graph), frozen_norms(graph)
@@ -287,8 +287,7 @@ class Discovery:
         T = torch.stack(columns, 1)
         norms = T.norm(dim=0)
         A = T / norms
-        inside = self.null.T @ A
-        K = kernel(A - self.null @ inside, _TOL)
+        K = kernel(self.factor @ A, _TOL)
         if K.shape[1] == 0:
             return
         K = K / norms[:, None]
@@ -312,9 +311,9 @@ class Discovery:
         return v
 
     def _outside(self, v: Tensor) -> float:
-        """Relative part of tangents outside the null space."""
+        """How far tangents move the outputs, relative to their size and to the largest singular value."""
         size = float(v.norm())
-        return float((v - self.null @ (self.null.T @ v)).norm()) / size if size > 0 else 1.0
+        return float((self.factor @ v).norm()) / size if size > 0 else 1.0
 
     def tangent_error(self, action: DictionaryAction | EntriesAction) -> float:
         """Largest relative part of an action's tangents outside the null space."""
@@ -402,14 +401,37 @@ def _representatives(K: Tensor, known: Tensor) -> list[list[float]]:
     for i in range(len(rest)):  # elementary row operations: the span stays
         others = torch.cat([base, rest[:i], rest[i + 1 :]])
         if 0 < len(others) <= 5:
-            shifts = (
-                torch.tensor(list(itertools.product((0.0, 1.0, -1.0), repeat=len(others))), dtype=K.dtype).reshape(-1, len(others)) @ others
-            )
-            candidates = rest[i] + shifts
-            whole = (candidates * 2 - (candidates * 2).round()).abs().amax(1) > 1e-6
-            rest[i] = candidates[int((whole * 1e6 + (candidates.abs() > 1e-9).sum(1)).argmin())]
+            signs = torch.tensor(list(itertools.product((0.0, 1.0, -1.0), repeat=len(others))), dtype=K.dtype)
+            candidates = rest[i] + signs.reshape(-1, len(others)) @ others
+            rest[i] = candidates[int(_cost(candidates).argmin())]
+        rest[i] = _simplest(rest[i], others)
         out.append([_round(w) for w in rest[i].tolist()])
     return out
+
+
+def _cost(rows: Tensor) -> Tensor:
+    """Weights that are no halves of whole numbers count most, then the number of weights."""
+    odd = ((rows * 2 - (rows * 2).round()).abs() > 1e-6).sum(-1)
+    return 1e3 * odd + (rows.abs() > 1e-9).sum(-1)
+
+
+def _simplest(row: Tensor, others: Tensor) -> Tensor:
+    """Add multiples of other rows that clear or round a weight, as long as that makes the row simpler."""
+    for _ in range(4 * len(others)):
+        steps = []
+        for other in others:
+            at = other.abs() > 1e-9
+            share = row[at] / other[at]
+            factors = torch.cat([-share, (row[at].round() - row[at]) / other[at], torch.tensor([1.0, -1.0], dtype=row.dtype)])
+            steps.append(row + factors[:, None] * other)
+        if not steps:
+            return row
+        candidates = torch.cat(steps)
+        cost = _cost(candidates)
+        if float(cost.min()) >= float(_cost(row)):
+            return row
+        row = candidates[int(cost.argmin())]
+    return row
 
 
 def _is_nice(w: float) -> bool:

@@ -108,8 +108,8 @@ def search(
     out = Search(graph, spaces, batches, fresh, null, generic)
     places, constants = places_of(spaces), graph.prepare(batches[0])
     tell("families", 0.3)
-    structural = Discovery(graph, anywhere, generic.basis, flat, places, constants, generator).run() if generic.nullity else []
-    here = Discovery(graph, graph.params, null.basis, flat, places, constants, generator)
+    structural = Discovery(graph, anywhere, generic, flat, places, constants, generator).run() if generic.nullity else []
+    here = Discovery(graph, graph.params, null, flat, places, constants, generator)
     judge = Sampled.of(graph, fresh)
     tell("certificates", 0.5)
     for found in structural:
@@ -164,7 +164,7 @@ def _admit(out: Search, here: Discovery, found: Found, judge: Sampled, level: Le
         _certify_entry(out, here.found[-1], judge, level, generator, point)
         return
     outside = here.tangent_error(found.action)
-    if outside > 1e-6 and found.entry.algebra != "free":  # an accident of the redrawn weights is no claim about these
+    if outside > 1e-10 and found.entry.algebra != "free":  # an accident of the redrawn weights is no claim about these
         out.refuted.append(
             {
                 "name": name_of(found.entry, here.readers),

@@ -136,12 +136,15 @@ class NullSpace:
         values: all singular values, largest first, relative to the largest.
         scale: largest singular value.
         samples: number of batches used.
+        factor: (r, P) triangular factor of the Jacobian: the judge of a direction, sharper than its distance to the basis,
+            which small genuine singular values blur.
     """
 
     basis: Tensor
     values: Tensor
     scale: float
     samples: int
+    factor: Tensor = field(default_factory=lambda: torch.zeros(0, 0), repr=False)
 
     @property
     def nullity(self) -> int:
@@ -194,7 +197,7 @@ def null_space(R: Tensor, samples: int) -> NullSpace:
     top = float(s[0]) or 1.0
     values = s / top
     rank = cut(values)
-    return NullSpace(Vh[rank:].T.contiguous(), values, top, samples)
+    return NullSpace(Vh[rank:].T.contiguous(), values, top, samples, R)
 
 
 def svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
