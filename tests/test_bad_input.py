@@ -223,7 +223,9 @@ REFUSED: dict[str, tuple[Call, type[ParasymError], str]] = {
     "NaN weight": (audit(put(mlp(), 0, "weight", math.nan), X), InputError, r"0\.weight \(1 NaN of 12"),
     "infinite weight": (audit(put(mlp(), 2, "bias", math.inf), X), InputError, r"2\.bias \(1 Inf of 2"),
     "NaN buffer": (
-        audit(put(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(), 1, "running_mean", math.nan), X), InputError, "buffer 1.running_mean"
+        audit(put(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(), 1, "running_mean", math.nan), X),
+        InputError,
+        "buffer 1.running_mean",
     ),
     "no parameters": (audit(nn.ReLU(), X), InputError, "no trainable parameters"),
     "no parameters, discovery": (lambda: parasym.symmetries(nn.ReLU(), (X,)), InputError, "no trainable parameters"),

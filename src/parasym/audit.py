@@ -272,7 +272,7 @@ def _check(model: Any, args: Any, kwargs: Any, values: bool = True) -> None:
         raise InputError(
             "the model has no trainable parameters (all are frozen, or there are none). Set requires_grad on what you want audited."
         )
-    if any(p.is_inference() for p in model.parameters()):
+    if not torch.is_inference_mode_enabled() and any(p.is_inference() for p in model.parameters()):
         raise InputError("the weights were made under torch.inference_mode and have no derivative: make or load the model outside it.")
     if meta:
         return

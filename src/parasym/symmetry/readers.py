@@ -13,6 +13,8 @@ from parasym.core.graph import Graph
 aten = torch.ops.aten
 _MOVES = {
     aten.reshape.default,
+    aten.select.int,
+    aten.slice.Tensor,
     aten.view.default,
     aten.transpose.int,
     aten.permute.default,

@@ -20,6 +20,7 @@ from parasym.symmetry.dictionary import Entry
 from parasym.symmetry.discover import Discovery, Found
 from parasym.symmetry.families import Cover, Family, class_subspaces
 from parasym.symmetry.fibre import FibreAction, Sampled
+from parasym.symmetry.generic import generic_draw
 from parasym.symmetry.naming import group_of, name_of, where_of
 from parasym.symmetry.places import places_of
 from parasym.symmetry.spaces import Spaces, find_spaces
@@ -103,8 +104,8 @@ def search(
     tell("rank", 0.0)
     null, batches = settle(graph, graph.params, batches, flat, generator, grow)
     fresh = [draw(graph, batches[0], generator) for _ in range(2)] if grow else batches
-    anywhere, generic = (graph.params, null) if general else general_position(graph, batches, flat, generator, null)
     spaces = find_spaces(graph)
+    anywhere, generic = (graph.params, null) if general else general_position(graph, spaces, batches, flat, generator, null)
     out = Search(graph, spaces, batches, fresh, null, generic)
     places, constants = places_of(spaces), graph.prepare(batches[0])
     tell("families", 0.3)
@@ -139,12 +140,12 @@ def search(
 
 
 def general_position(
-    graph: Graph, batches: Sequence[Batch], flat: Flat, generator: torch.Generator, null: NullSpace
+    graph: Graph, spaces: Spaces, batches: Sequence[Batch], flat: Flat, generator: torch.Generator, null: NullSpace
 ) -> tuple[dict[str, Tensor], NullSpace]:
     """Redrawn parameters with the smallest nullity of a few draws: accidents only ever add null directions."""
     best: tuple[dict[str, Tensor], NullSpace] | None = None
     for attempt in range(6):
-        params = generic_parameters(graph, generator, own_scale=attempt % 2 == 0)
+        params = generic_draw(graph, spaces, batches[0]) if attempt == 0 else generic_parameters(graph, generator, own_scale=attempt % 2 == 1)
         found = null_space(triangular(graph, params, batches, flat), len(batches))
         if best is not None and found.nullity == best[1].nullity <= null.nullity:
             break  # two draws agree on the smallest
