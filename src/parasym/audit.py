@@ -164,7 +164,9 @@ def audit(
         size = sum(p.numel() for p in graph.params.values())
         if size > EXACT_PARAMETERS and completeness != "exact":
             found = audit_full_size(model, args, kwargs, graph, batches, generator, tell)
-            symmetries, count = found.symmetries, Count(size, found.rank, found.nullity, found.explained, False, found.method, found.gap)
+            free = sum(s.dim for s in found.symmetries)
+            symmetries = found.symmetries
+            count = Count(size, size - free, free, found.explained, False, f"dimensions written at full size; {found.method}", found.gap)
             result, twin = found.search, found.twin
         else:
             level: Level = "train" if getattr(model, "training", False) else "function"

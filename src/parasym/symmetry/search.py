@@ -145,7 +145,8 @@ def general_position(
     """Redrawn parameters with the smallest nullity of a few draws: accidents only ever add null directions."""
     best: tuple[dict[str, Tensor], NullSpace] | None = None
     for attempt in range(6):
-        params = generic_draw(graph, spaces, batches[0]) if attempt == 0 else generic_parameters(graph, generator, own_scale=attempt % 2 == 1)
+        own = attempt % 2 == 1
+        params = generic_parameters(graph, generator, own_scale=own) if attempt else generic_draw(graph, spaces, batches[0])
         found = null_space(triangular(graph, params, batches, flat), len(batches))
         if best is not None and found.nullity == best[1].nullity <= null.nullity:
             break  # two draws agree on the smallest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from parasym.core.errors import ParasymError
 from parasym.symmetry.dictionary import Copies, DictionaryAction, Entry, Place, Term, row_shape
 from parasym.symmetry.discover import rows_of
 from parasym.symmetry.places import atom_name, pair_place, place_at
-from parasym.symmetry.readers import frozen_norms
+from parasym.symmetry.readers import frozen_norms, readers
 from parasym.symmetry.spaces import Spaces
 
 Layer = tuple[int, ...]
@@ -40,27 +41,61 @@ class Writer:
         for f, t in names.items():
             if f in full.graph.params:
                 self.preimages.setdefault(t, []).append(f)
+        self.by_base = {(_base(f, layer_of(f)), layer_of(f)): f for f in full.graph.params}
+        self.readers = {(r.weight, r.in_axis): r for r in readers(full.graph)}
         self.frozen = {f.offset: f for f in frozen_norms(full.graph)}
 
     def write(self, entry: Entry) -> list[Entry]:
-        """All counterparts of an entry: one for each layer where it is local, a single one where it runs through all."""
+        """All counterparts of an entry.
+
+        One for each layer where it lives in one layer; one for each pair of neighbours where it joins different parts of two;
+        a single one where it runs through all layers alike, or joins a layer with what stands before or after them all.
+        """
         involved = _involved(entry)
         missing = [p for p in involved if p not in self.preimages]
         if missing:
             raise WritingError(f"{missing[0]} of the twin has no counterpart in the full model")
-        layers = {self._twin_layer(p) for p in involved} - {()}
-        if len(layers) > 1 or all(len(self.preimages[p]) == 1 for p in involved):
+        by_layer: dict[Layer, set[str]] = {}
+        for p in involved:
+            by_layer.setdefault(self._twin_layer(p), set()).add(_base(p, self._twin_layer(p)))
+        inner = sorted(layer for layer in by_layer if layer)
+        if all(len(self.preimages[p]) == 1 for p in involved):
             return [self._entry(entry, {p: self.preimages[p] for p in involved})]
-        out = []
-        for layer in dict.fromkeys(self.layer_of(f) for p in involved if len(self.preimages[p]) > 1 for f in self.preimages[p]):
-            chosen = {p: [f for f in self.preimages[p] if self.layer_of(f) in (layer, ())] for p in involved}
-            if all(len(c) == 1 for c in chosen.values()):
-                out.append(self._entry(entry, chosen))
-        return out
+        if len(inner) == 1 and () in by_layer and self._many(inner[0]):
+            return [self._entry(entry, {p: self._at(p, self._end(inner[0], p)) for p in involved})]
+        if len(inner) == 1:
+            layers = dict.fromkeys(self.layer_of(f) for p in involved for f in self.preimages[p])
+            return [self._entry(entry, {p: self._at(p, layer) for p in involved}) for layer in layers if layer]
+        if () not in by_layer and len(inner) == 2 and by_layer[inner[0]] != by_layer[inner[1]]:
+            every = sorted({self.layer_of(f) for p in involved for f in self.preimages[p]})
+            pairs = itertools.pairwise(every)
+            return [
+                self._entry(entry, {p: self._at(p, lower if self._twin_layer(p) == inner[0] else upper) for p in involved})
+                for lower, upper in pairs
+            ]
+        return [self._entry(entry, {p: self.preimages[p] for p in involved})]
+
+    def _many(self, layer: Layer) -> bool:
+        """Whether the twin has other layers beside this one."""
+        return len({self._twin_layer(p) for p in self.preimages} - {()}) > 1
+
+    def _end(self, layer: Layer, p: str) -> Layer:
+        """The first layer stands for itself, a later one for the last."""
+        found = sorted(self.layer_of(f) for q in self.preimages for f in self.preimages[q] if self._twin_layer(q) == layer)
+        return found[-1]
+
+    def _at(self, p: str, layer: Layer) -> list[str]:
+        """The counterpart of a twin parameter in one layer of the full model (itself, where it lies in none)."""
+        if self._twin_layer(p) == ():
+            return self.preimages[p]
+        found = self.by_base.get((_base(self.preimages[p][0], self.layer_of(self.preimages[p][0])), layer))
+        if found is None:
+            raise WritingError(f"{p} of the twin has no counterpart in layer {layer}")
+        return [found]
 
     def _twin_layer(self, name: str) -> Layer:
-        found = [self.layer_of(f) for f in self.preimages[name]]
-        return found[0] if found else ()
+        """The layer of a twin parameter: that of the first full parameter it stands for."""
+        return min((self.layer_of(f) for f in self.preimages[name]), default=())
 
     def _entry(self, entry: Entry, chosen: Mapping[str, Sequence[str]]) -> Entry:
         atoms = self._atoms(chosen)
@@ -128,8 +163,10 @@ class Writer:
             raise WritingError(f"part {slot} of axis {place.axis} of {f} is another product than its twin's")
         return place_at(self.full, f, place.axis, slot, large[slot].atoms[position])
 
-    def _beside(self, place: Place, f: str, chosen: Mapping[str, Sequence[str]], space: str) -> Place:
+    def _beside(self, place: Place, f: str, chosen: Mapping[str, Sequence[str]], space: str, known: str | None) -> Place:
         """The counterpart of a gain, offset or bias in the same layer as the weight it belongs to."""
+        if known is not None:
+            return self._place(place, known, space if place.branch else "whole")
         options = chosen.get(place.parameter, self.preimages.get(place.parameter, []))
         layer = self.layer_of(f)
         best = [o for o in options if self.layer_of(o) == layer] or [o for o in options if self.layer_of(o) == ()] or list(options)
@@ -139,9 +176,10 @@ class Writer:
 
     def _term(self, term: Term, f: str, space: str, atoms: Mapping[str, int], chosen: Mapping[str, Sequence[str]]) -> Term:
         place = self._place(term.place, f, space)
-        gain = self._beside(term.gain, f, chosen, space) if term.gain else None
-        offset = self._beside(term.offset, f, chosen, space) if term.offset else None
-        target = self._beside(term.target, f, chosen, space) if term.target else None
+        r = self.readers.get((f, place.axis)) if term.op in ("normal", "fold", "absorb", "mode", "dual") else None
+        gain = self._beside(term.gain, f, chosen, space, r.gain if r else None) if term.gain else None
+        offset = self._beside(term.offset, f, chosen, space, r.offset if r else None) if term.offset else None
+        target = self._beside(term.target, f, chosen, space, r.bias if r else None) if term.target else None
         rows = None
         if term.rows_at is not None:
             other, slot = term.rows_at
@@ -161,10 +199,20 @@ class Writer:
 def _involved(entry: Entry) -> list[str]:
     names: dict[str, None] = {}
     for _, t in entry.terms:
-        for place in (t.place, t.gain, t.offset, t.target):
-            if place is not None:
-                names[place.parameter] = None
+        names[t.place.parameter] = None  # gains, offsets and biases beside a weight are found beside its counterpart
     return list(names)
+
+
+def _base(name: str, layer: Layer) -> str:
+    """A name with its layer numbers left open."""
+    left = list(layer)
+    parts = []
+    for part in name.split("."):
+        if left and part.isdigit() and int(part) == left[0]:
+            left.pop(0)
+            part = "*"
+        parts.append(part)
+    return ".".join(parts)
 
 
 def action_of(entry: Entry, params: Mapping[str, Tensor]) -> DictionaryAction:
