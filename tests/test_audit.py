@@ -37,7 +37,7 @@ def data(samples: int = 64, seed: int = 1) -> Tensor:
 
 @functools.cache
 def audited() -> parasym.Audit:
-    return parasym.audit(mlp(), (data(),))
+    return parasym.audit(mlp().eval(), (data(),))
 
 
 def continuous(symmetries: Any) -> dict[str, int]:
@@ -190,7 +190,7 @@ def test_inputs_decide_what_is_read() -> None:
 
 
 def test_a_loss_adds_its_own_symmetries() -> None:
-    plain, loss = (parasym.audit(mlp(), (data(),), loss_fn=f) for f in (None, lambda y: y.log_softmax(-1)))
+    plain, loss = (parasym.audit(mlp().eval(), (data(),), loss_fn=f) for f in (None, lambda y: y.log_softmax(-1)))
     assert all(s.level == "function" for s in plain.symmetries)
     extra = [s for s in loss.symmetries if s.level == "loss"]
     assert sum(s.dim for s in extra) == 4 + 1  # one direction for each column of the readout, one for its bias
@@ -214,10 +214,17 @@ def test_train_mode_batch_norm_gives_the_train_level() -> None:
     found = parasym.audit(model, inputs[0], inputs=inputs)
     assert found.model["mode"] == "train"
     assert found.completeness.nullity == CASES["conv-bn-relu-train"].nullity
-    assert {s.level for s in found.symmetries if s.kind != "discrete"} == {"train"}
+    assert {s.level for s in found.symmetries} == {"train"}
     model, inputs = CASES["conv-bn-relu-eval"].build()
     found = parasym.audit(model, inputs[0], inputs=inputs)
     assert found.model["mode"] == "eval"
+    assert {s.level for s in found.symmetries} == {"function"}
+
+
+def test_train_mode_without_batch_statistics_is_the_function() -> None:
+    """A model as its constructor leaves it: dropout-free, norm-free, in train mode."""
+    found = parasym.audit(mlp().train(), (data(),))
+    assert found.model["mode"] == "train"
     assert {s.level for s in found.symmetries} == {"function"}
 
 
@@ -231,6 +238,14 @@ def test_discovery_alone_reads_no_weights() -> None:
     assert all(p.device.type == "meta" for p in model.parameters())
     real = parasym.symmetries(mlp(), (data(),))
     assert continuous(real) == continuous(found)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_discovery_with_running_statistics(device: str) -> None:
+    with fresh(0, torch.float32):
+        model = ConvBN().eval()
+    found = parasym.symmetries(model.to(device), (torch.randn(12, 2, 6, 6, generator=torch.Generator().manual_seed(0)),))
+    assert sum(s.dim for s in found) == CASES["conv-bn-relu-eval"].nullity
 
 
 def test_discovery_does_not_depend_on_the_weights() -> None:
@@ -318,6 +333,7 @@ def test_a_large_model_on_the_meta_device() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_count_of_a_large_model_can_be_forced() -> None:
     with fresh(0, torch.float32):
         model = nn.Sequential(nn.Linear(20, 50, bias=False), nn.ReLU(), nn.Linear(50, 12, bias=False))

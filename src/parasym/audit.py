@@ -12,13 +12,15 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from parasym import __version__
-from parasym.core.errors import InputError, ParasymError
+from parasym.core.checkpoint import TensorFile
+from parasym.core.errors import CheckpointError, InputError, ParasymError
 from parasym.core.functional import float_outputs, functional
 from parasym.core.graph import Graph, trace
 from parasym.core.guards import check_deterministic, preserve, rng_state
 from parasym.core.samples import Batch, draw, flatten
 from parasym.measure.collapse import advice as advice_on
 from parasym.measure.collapse import collapse as collapse_of
+from parasym.measure.collapse import weight_collapse
 from parasym.symmetry.discrete import discrete_symmetries
 from parasym.symmetry.full import audit_full_size
 from parasym.symmetry.picture import picture
@@ -208,6 +210,75 @@ def audit(
             _classify(graph, symmetries, result),
             picture(graph, result.spaces, symmetries),
         )
+
+
+def audit_checkpoint(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    path: str | Path,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Audit:
+    """Audit a safetensors checkpoint of any size without building its model in memory.
+
+    The model lives on the meta device; its families and their certificates come from a small twin; weights are read from the
+    file one symmetry at a time, so the peak memory is that of the largest group of tied parameters.
+
+    Args:
+        model: the network on the meta device (``with torch.device("meta"): ...``).
+        path: the safetensors file, its tensors under the model's parameter names.
+
+    Raises:
+        CheckpointError: the file is damaged, or its tensors do not fit the model.
+    """
+    tell = progress or (lambda stage, fraction: None)
+    generator = torch.Generator().manual_seed(seed)
+    file = TensorFile(Path(path))
+    with rng_state():
+        tell("trace", 0.0)
+        graph = trace(model, args, kwargs, values=False)
+        keys = _keys(graph, file.header, Path(path))
+        found = audit_full_size(model, args, kwargs, graph, None, generator, tell)
+        entries = [e for e in found.search.entries if e is not None]
+        tell("collapse", 0.0)
+        rows = weight_collapse(entries, lambda name: file.read(keys[name]), found.search.spaces)
+    size, free = sum(p.numel() for p in graph.params.values()), sum(s.dim for s in found.symmetries)
+    method = f"dimensions written at full size, certificates of the twin; {found.method}"
+    count = Count(size, size - free, free, found.explained, False, method, found.gap)
+    described = {
+        "name": type(model).__name__,
+        "parameters": size,
+        "tensors": len(graph.params),
+        "trace": graph.trace,
+        "mode": "train" if model.training else "eval",
+        "seed": seed,
+        "inputs": "none: weights streamed from the checkpoint",
+        "twin": found.twin,
+    }
+    classified = _classify(graph, found.symmetries, found.search)
+    drawn = picture(graph, found.search.spaces, found.symmetries)
+    opened = found.search
+    return Audit(
+        described, found.symmetries, count, rows, advice_on(rows), opened.refuted, opened.undecided, opened.approximate, classified, drawn
+    )
+
+
+def _keys(graph: Graph, header: Mapping[str, Mapping[str, Any]], path: Path) -> dict[str, str]:
+    """Parameter -> key of the file, with or without a common prefix; shapes must fit."""
+    out: dict[str, str] = {}
+    for name, canonical in graph.aliases.items():
+        if canonical in out or canonical not in graph.params:
+            continue
+        for key in (name, name.split(".", 1)[-1], next((k for k in header if k.endswith("." + name)), name)):
+            if key in header and list(header[key]["shape"]) == list(graph.params[canonical].shape):
+                out[canonical] = key
+                break
+    missing = sorted(set(graph.params) - set(out))
+    if missing:
+        listed = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+        raise CheckpointError(f"{path} has no tensor of the right shape for {listed}. Give the --model that this file was saved from.")
+    return out
 
 
 def symmetries(

@@ -112,6 +112,9 @@ def audit(
     completeness: Annotated[
         Completeness, typer.Option(help="Count the free directions: when affordable, always, or never.")
     ] = Completeness.auto,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read a .safetensors TARGET one symmetry at a time, for files larger than memory.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Find, name and certify the symmetries of a network, and count what is left over."""
@@ -122,10 +125,16 @@ def audit(
         load = importlib.import_module("parasym.core.load")
         with _progress() as progress:
             progress("loading", 0.0)
-            loaded = load.load_target(target, weights, model)
-            load.require_inputs(loaded)
-            run = importlib.import_module("parasym.audit").audit
-            found = run(loaded.model, args=loaded.args, kwargs=loaded.kwargs, completeness=completeness.value, seed=seed, progress=progress)
+            room = importlib.import_module("parasym.audit")
+            if stream:
+                loaded = load.load_on_meta(target, model)
+                found = room.audit_checkpoint(loaded.model, loaded.args, loaded.kwargs, target, seed=seed, progress=progress)
+            else:
+                loaded = load.load_target(target, weights, model)
+                load.require_inputs(loaded)
+                found = room.audit(
+                    loaded.model, args=loaded.args, kwargs=loaded.kwargs, completeness=completeness.value, seed=seed, progress=progress
+                )
         result = words.plain(found.to_dict())
         for note in loaded.notes:
             typer.echo(f"note: {note}", err=True)

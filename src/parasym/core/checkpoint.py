@@ -198,6 +198,53 @@ def check_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
+class TensorFile:
+    """A safetensors file read tensor by tensor, without mapping it: what is not asked for never enters memory.
+
+    Attributes:
+        header: as :func:`check_safetensors_header`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.header = Path(path), check_safetensors_header(Path(path))
+        with self.path.open("rb") as file:
+            self._start = 8 + int.from_bytes(file.read(8), "little")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in the file's dtype.
+
+        Raises:
+            CheckpointError: the file has become shorter since its header was checked, or the dtype is unknown to torch.
+        """
+        entry = self.header[name]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CheckpointError(f"{name} in {self.path} has dtype {entry['dtype']}, which torch cannot hold here.")
+        begin, end = entry["data_offsets"]
+        with self.path.open("rb") as file:
+            file.seek(self._start + begin)
+            data = bytearray(file.read(end - begin))
+        if len(data) != end - begin:
+            raise CheckpointError(f"{self.path} ends inside {name}. Fetch or save it again.")
+        if not data:
+            return torch.empty(entry["shape"], dtype=dtype)
+        return torch.frombuffer(data, dtype=dtype).reshape(entry["shape"])
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
 def load_exported(path: Path) -> torch.export.ExportedProgram:
     """Load a ``.pt2`` program after refusing archives that could run code of their own.
 

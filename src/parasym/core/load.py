@@ -103,6 +103,29 @@ def load_target(target: str, weights: Path | None = None, model: str | None = No
     return loaded
 
 
+def load_on_meta(target: str, model: str | None) -> Loaded:
+    """Build the network of a safetensors file on the meta device: shapes without memory.
+
+    Args:
+        target: the safetensors file.
+        model: the target that builds the network.
+
+    Raises:
+        InputError: ``target`` is no safetensors file, or ``model`` is missing or cannot be built on the meta device.
+    """
+    if Path(target).suffix != ".safetensors" or model is None:
+        raise InputError("Streaming reads a .safetensors file: give it as TARGET, and the network that it belongs to as --model TARGET.")
+    if not Path(target).is_file():
+        raise CheckpointError(f"No such file: {target}.")
+    try:
+        with torch.device("meta"):
+            return load_target(model)
+    except NotImplementedError as error:
+        raise InputError(
+            f"{model} cannot be built without memory: {error}. It reads values while it is made; leave --stream out."
+        ) from error
+
+
 def _from_callable(target: str) -> Loaded:
     place, _, name = target.rpartition(":")
     module = _import(place)
@@ -304,7 +327,7 @@ def example_inputs(model: Any, batch: int = 4, length: int = 16) -> dict[str, Te
     Raises:
         InputError: the model reads something this function cannot make.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     config = model.config
     inputs: dict[str, Tensor] = {}
     main = model.main_input_name

@@ -160,7 +160,7 @@ def weight_collapse(
     with torch.no_grad():
         covered: set[str] = set()
         layers = find_layers(spaces.graph, spaces) if spaces is not None else []
-        scales = [e for e in entries if e.algebra == "scale" and e.copies.local == ((e.space, e.size),) and e.size > 1]
+        scales = [e for e in entries if e.algebra == "scale" and e.copies.local == ((e.space, e.size),) and e.size > 1 and _is_layer(e)]
         for layer in layers:
             blocks = _raw_blocks(layer, read)
             if blocks is not None:
@@ -180,6 +180,12 @@ def weight_collapse(
         if spaces is not None:
             rows += _tables(spaces.graph, read, None, (), t)
     return [_public(r) for r in rows]
+
+
+def _is_layer(entry: Entry) -> bool:
+    """Matrices both write to and read from the space: its units are neurons, not the channels of a norm's gain."""
+    matrices = [w > 0 for w, t in entry.terms if t.op == "mode" and t.place.cross]
+    return any(matrices) and not all(matrices)
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------------------
