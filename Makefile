@@ -46,8 +46,10 @@ browser:  ## Chromium for the browser tests (Debian, as root); without it they a
 	      || echo "browser: Chromium could not be installed; the browser tests will be skipped" >&2; \
 	  else echo "browser: no Chromium and no right to install it; the browser tests will be skipped" >&2; fi; fi
 
-bench: $(STAMP)  ## time the audit on models of growing size
-	OMP_NUM_THREADS=2 $(BIN)/python bench/audit.py
+bench: $(STAMP)  ## time the audit on models of growing size, and check 1,000 random networks
+	OMP_NUM_THREADS=1 $(BIN)/python bench/growth.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/audit.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/random_nets.py
 
 gallery: $(STAMP)  ## run the gallery and write its report to gallery-report/
 	OMP_NUM_THREADS=2 $(BIN)/parasym gallery report gallery-report
