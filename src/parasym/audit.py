@@ -15,7 +15,7 @@ from parasym import __version__
 from parasym.core.checkpoint import TensorFile
 from parasym.core.errors import CheckpointError, InputError, ParasymError
 from parasym.core.functional import float_outputs, functional
-from parasym.core.graph import Graph, trace
+from parasym.core.graph import Graph, batch_statistics, trace
 from parasym.core.guards import check_deterministic, preserve, rng_state
 from parasym.core.samples import Batch, draw, flatten
 from parasym.measure.collapse import advice as advice_on
@@ -154,6 +154,7 @@ def audit(
     tell("trace", 0.0)
     with rng_state():
         _check(model, args, kwargs)
+        model = functional(model, values=False).model if isinstance(model, nn.Module) else model  # without its wrappers
         if loss_fn is not None:
             _check_loss(model, loss_fn, args, kwargs)
         graph = trace(model, args, kwargs)
@@ -171,7 +172,7 @@ def audit(
             count = Count(size, size - free, free, found.explained, False, f"dimensions written at full size; {found.method}", found.gap)
             result, twin = found.search, found.twin
         else:
-            level: Level = "train" if getattr(model, "training", False) else "function"
+            level: Level = "train" if getattr(model, "training", False) and batch_statistics(graph) else "function"
             result = search(graph, batches, generator, grow=inputs is None, level=level, progress=tell)
             symmetries, twin = list(result.symmetries), None
             explained = result.explained / result.null.nullity if result.null.nullity else 1.0
@@ -292,21 +293,30 @@ def symmetries(
     tell = progress or (lambda stage, fraction: None)
     with rng_state():
         _check(model, args, kwargs, values=False)
-        graph = trace(model, args, kwargs, values=False)
+        model = functional(model, values=False).model if isinstance(model, nn.Module) else model
+        hollow = isinstance(model, nn.Module) and any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
+        graph = trace(model, args, kwargs, values=not hollow)
         size = sum(p.numel() for p in graph.params.values())
         if size > EXACT_PARAMETERS:
             full = audit_full_size(model, args, kwargs, graph, None, generator, tell)
             return SymmetrySet(
                 tuple(full.symmetries), tuple(full.search.refuted), tuple(full.search.undecided), tuple(full.search.approximate)
             )
-        from parasym.core.samples import generic_parameters
+        from parasym.symmetry.generic import generic_draw
+        from parasym.symmetry.spaces import find_spaces
 
-        graph.params = generic_parameters(graph, generator)
         batch = _concrete(graph, args, kwargs, generator)
+        for name, b in graph.buffers.items():
+            if b.device.type == "meta" and b.is_floating_point():  # statistics of a norm: any positive numbers
+                graph.buffers[name] = 0.5 + torch.rand(b.shape, generator=generator, dtype=torch.float64)
+        graph.params = generic_draw(graph, find_spaces(graph), batch)
         found = search(graph, [batch], generator, progress=tell)
         discrete, refuted, undecided = discrete_symmetries(graph, found.fresh, generator)
         return SymmetrySet(
-            (*found.symmetries, *discrete), (*found.refuted, *refuted), (*found.undecided, *undecided), tuple(found.approximate)
+            (*(s for s in found.symmetries if s.kind != "point"), *discrete),
+            (*found.refuted, *refuted),
+            (*found.undecided, *undecided),
+            tuple(found.approximate),
         )
 
 

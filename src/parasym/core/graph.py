@@ -270,6 +270,11 @@ def _from_program(
                     f"parameter {name} has dtype {p.dtype}: quantised or integer weights have no continuous symmetry. "
                     f"Audit the float model they came from."
                 )
+            if p.is_complex():
+                raise InputError(
+                    f"parameter {name} is complex ({p.dtype}), which is not supported: store its real and imaginary parts as real "
+                    "parameters (torch.view_as_real) and join them in the forward."
+                )
             params[name] = _lift(p, values)
     for name, value in (unused or {}).items():
         params.setdefault(name, _lift(value.detach(), values))
@@ -472,6 +477,11 @@ def standardise(x: Tensor, eps: float) -> Tensor:
     axes = [i for i in range(x.dim()) if i != 1]
     centred = x - x.mean(axes, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+
+
+def batch_statistics(graph: Graph) -> bool:
+    """Whether outputs of a sample depend on the others of its batch, through a norm in train mode."""
+    return any(n.target is standardise for n in graph.nodes)
 
 
 def instance_standardise(x: Tensor, eps: float) -> Tensor:

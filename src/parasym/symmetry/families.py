@@ -225,7 +225,7 @@ class Cover:
         coords = best.T @ fresh
         new[rows] = vectors[rows] @ torch.linalg.qr(coords).Q
         self.families.append(Family(kind, tuple(p for p in self.flat.shapes if p in keep), vectors, new))
-        self.explained = span(torch.cat([self.explained, best], 1), 1e-7)
+        self.explained = torch.cat([self.explained, fresh], 1)  # exactly what the family counts
         return True
 
     def _fresh(self, B: Tensor) -> Tensor:

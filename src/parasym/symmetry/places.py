@@ -26,7 +26,7 @@ def places_of(spaces: Spaces) -> dict[str, list[Place]]:
     out: dict[str, list[Place]] = {}
     products: dict[tuple[tuple[int, ...], ...], list[Place]] = {}
     for name, p in graph.params.items():
-        for axis in range(p.dim()):
+        for axis in range(p.dim() if p.numel() else 0):
             blocks = spaces.blocks(name, axis)
             for slot, block in enumerate(blocks):
                 for atom in dict.fromkeys(block.atoms):

@@ -116,10 +116,14 @@ def search(
     for found in structural:
         _admit(out, here, found, judge, level, generator, point=False)
     if not here.complete:
-        before = len(here.found)
+        before, at = len(here.found), here.explained.shape[1]
         here._entries()
+        kept = [torch.arange(at)]
         for found in here.found[before:]:
-            _certify_entry(out, found, judge, level, generator, point=True)
+            if _certify_entry(out, found, judge, level, generator, point=True):
+                kept.append(torch.arange(at, at + found.new))
+            at += found.new
+        here.explained = here.explained[:, torch.cat(kept)]  # what was refuted stays open for the blind stage
     tell("blind stage", 0.8)
     if not here.complete and not blind:
         left = null.nullity - here.explained.shape[1]
@@ -163,7 +167,8 @@ def _admit(out: Search, here: Discovery, found: Found, judge: Sampled, level: Le
     before = len(here.found)
     here._keep(found.entry, 0, found.action)
     if len(here.found) > before:
-        _certify_entry(out, here.found[-1], judge, level, generator, point)
+        if not _certify_entry(out, here.found[-1], judge, level, generator, point):
+            here.explained = here.explained[:, : -here.found[-1].new]
         return
     outside = here.tangent_error(found.action)
     if outside > 1e-10 and found.entry.algebra != "free":  # an accident of the redrawn weights is no claim about these
@@ -176,14 +181,14 @@ def _admit(out: Search, here: Discovery, found: Found, judge: Sampled, level: Le
         )
 
 
-def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, generator: torch.Generator, point: bool) -> None:
+def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, generator: torch.Generator, point: bool) -> bool:
     certificate = certify(found.action, judge, out.graph.params, generator)
     entry = found.entry
     parameters = tuple(found.action.entries) if hasattr(found.action, "entries") and not entry.terms else entry.parameters
     name = name_of(entry, here_readers(out.graph))
     if not certificate.accepted:
         _reject(out, name, parameters, found.new, certificate)
-        return
+        return False
     kind: Kind = "point" if point else _KINDS.get(entry.algebra, "linear")
     out.symmetries.append(
         Symmetry(
@@ -200,6 +205,7 @@ def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, gene
         )
     )
     out.entries.append(entry if entry.terms else None)
+    return True
 
 
 _KINDS: dict[str, Kind] = {"free": "pure", "row": "pure", "shift": "translation", "scale": "diagonal"}
@@ -238,7 +244,7 @@ def _blind(out: Search, here: Discovery, flat: Flat, judge: Sampled, level: Leve
     for kind, U in class_subspaces(edges, n).items():
         cover.add_class(kind, U)
     cover.add_class("blind", torch.eye(n, dtype=torch.float64))
-    sampled = Sampled.of(out.graph, out.batches)
+    sampled = Sampled.of(out.graph, _enough(out, flat))
     special = out.null.nullity > out.generic.nullity
     for family in cover.families:
         _certify_family(out, family, sampled, judge, flat, level, generator, special)
@@ -247,6 +253,15 @@ def _blind(out: Search, here: Discovery, flat: Flat, judge: Sampled, level: Leve
         out.undecided.append(
             {"name": "null directions without a family", "why": "no parameter set carries them", "parameters": [], "dim": left}
         )
+
+
+def _enough(out: Search, flat: Flat) -> list[Batch]:
+    """The first few batches that have the full rank already: a retraction evaluates their Jacobian many times."""
+    outputs = sum(o.numel() for o in out.graph.replay(out.graph.params, out.graph.prepare(out.batches[0])))
+    k = max(1, -(-flat.size // max(outputs, 1)))
+    while k < len(out.batches) and null_space(triangular(out.graph, out.graph.params, out.batches[:k], flat), k).nullity > out.null.nullity:
+        k *= 2
+    return out.batches[:k]
 
 
 _FIBRE_NAMES = {
@@ -304,11 +319,15 @@ def certify_fibre(
 ) -> Certificate:
     """One step and retraction: outputs unchanged on the judge's inputs, and the parameters moved the way they were asked to."""
     before = judge.outputs(params)
-    element = torch.randn(action.dim, generator=generator, dtype=torch.float64)
-    element = size * element / element.norm()
-    new = action.act(params, element)
-    residual = relative_change(before, judge.outputs({**params, **new}))
-    moved = torch.cat([(new[n] - params[n]).reshape(-1) for n in action.names])
-    asked = (action.vectors @ element)[action.flat.rows(action.names)]
-    cosine = float(moved @ asked / (moved.norm() * asked.norm()).clamp(min=1e-300))
-    return Certificate(residual, cosine, residual <= ACCEPT and cosine >= 0.9, 1)
+    residual, cosine = 0.0, 1.0
+    for sign in (1.0, -1.0, 1.0):
+        element = torch.randn(action.dim, generator=generator, dtype=torch.float64)
+        element = sign * size * element / element.norm()
+        new = action.act(params, element)
+        residual = max(residual, relative_change(before, judge.outputs({**params, **new})))
+        moved = torch.cat([(new[n] - params[n]).reshape(-1) for n in action.names])
+        asked = (action.vectors @ element)[action.flat.rows(action.names)]
+        cosine = min(cosine, float(moved @ asked / (moved.norm() * asked.norm()).clamp(min=1e-300)))
+        if residual > ACCEPT or cosine < 0.9 or float(moved.norm()) < 0.5 * size:
+            return Certificate(residual, min(cosine, float(moved.norm()) / size), False, 3)
+    return Certificate(residual, cosine, True, 3)

@@ -48,7 +48,7 @@ class Flat:
 
     def unpack(self, vector: Tensor) -> dict[str, Tensor]:
         """(..., P) -> {name: (..., *shape)}."""
-        return {n: vector[..., s].reshape(*vector.shape[:-1], *self.shapes[n]) for n, s in self.slices.items()}
+        return {n: vector[..., s].reshape((*vector.shape[:-1], *self.shapes[n])) for n, s in self.slices.items()}
 
     def rows(self, names: Sequence[str]) -> Tensor:
         """Indices of the entries of some parameters."""
@@ -196,7 +196,7 @@ def null_space(R: Tensor, samples: int) -> NullSpace:
     _, s, Vh = svd(R)
     top = float(s[0]) or 1.0
     values = s / top
-    rank = cut(values)
+    rank = cut(values) if float(s[0]) > 0 else 0
     return NullSpace(Vh[rank:].T.contiguous(), values, top, samples, R)
 
 
