@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: help demo demo-data test bench gallery lint browser clean
+.PHONY: help demo demo-data test test-slow bench gallery lint browser clean
 .DEFAULT_GOAL := help
 
 help:  ## what each target does
@@ -31,8 +31,11 @@ demo-data: demo/data/.fetched  ## fetch the two trained networks of the demo
 demo: demo/data/.fetched  ## audit a trained transformer and a trained CNN; pages go to demo/
 	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python examples/demo.py --data demo/data --out demo
 
-test: lint browser  ## style, types, imports, then the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+test: lint browser  ## style, types, imports, then the tests (slow ones: make test-slow)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: $(STAMP)  ## the tests that take more than about ten seconds each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
 lint: $(STAMP)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
