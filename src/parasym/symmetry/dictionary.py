@@ -129,13 +129,13 @@ class Copies:
         return at
 
 
-def _units(p: Tensor, place: Place) -> Tensor:
+def units(p: Tensor, place: Place) -> Tensor:
     """(rest, n, m) view of a parameter by unit and column (a copy)."""
     moved = p.movedim(place.axis, -1)
     return moved[..., place.index.reshape(-1)].reshape(-1, *place.index.shape)
 
 
-def _put(p: Tensor, place: Place, value: Tensor, add: bool) -> Tensor:
+def put(p: Tensor, place: Place, value: Tensor, add: bool) -> Tensor:
     """Write (rest, n, m) values back along the axis; a new tensor."""
     moved = p.movedim(place.axis, -1)
     out = moved.clone()
@@ -147,7 +147,7 @@ def _put(p: Tensor, place: Place, value: Tensor, add: bool) -> Tensor:
 
 def _vector(params: Params, place: Place) -> Tensor:
     """(n, m) values of a vector-like parameter on an index space."""
-    return _units(params[place.parameter].to(torch.float64), place)[0]
+    return units(params[place.parameter].to(torch.float64), place)[0]
 
 
 def embed_gain(X: Tensor, g: Tensor, power: int) -> Tensor:
@@ -173,30 +173,30 @@ def tangent(term: Term, params: Params, X: Tensor, copy: Tensor | None = None) -
         if term.gain is not None:
             M = embed_gain(M, _aligned(_vector(params, term.gain), place).T, term.gain_power)
         M = M if term.op == "mode" else -M.transpose(-1, -2)
-        return {place.parameter: _put(torch.zeros_like(p), place, _apply(M, _units(p, place)), False)}
+        return {place.parameter: put(torch.zeros_like(p), place, _apply(M, units(p, place)), False)}
     if term.op in ("shift", "recentre"):
         c = _weighted(term, params, (X[..., 0] if X.dim() == 3 else X)[copy].transpose(-1, -2))
         if term.op == "recentre":
             c = -c
         c = c.expand(p.numel() // place.size, *c.shape[1:])
         c = c if term.rows is None else c * torch.zeros(c.shape[0], 1, 1, dtype=c.dtype).index_fill(0, term.rows, 1.0)
-        return {place.parameter: _put(torch.zeros_like(p), place, c, False)}
+        return {place.parameter: put(torch.zeros_like(p), place, c, False)}
     if term.op == "absorb":
         assert term.target is not None
         c = _weighted(term, params, X[copy].transpose(-1, -2))
-        total = -(_units(p, place) * c).sum((1, 2)).reshape(p.movedim(place.axis, -1).shape[:-1])
+        total = -(units(p, place) * c).sum((1, 2)).reshape(p.movedim(place.axis, -1).shape[:-1])
         return {term.target.parameter: _to_bias(total, term, p.dim(), params[term.target.parameter])}
     if term.op == "fold":
         return {place.parameter: _fold(term, params, X[copy[0]].T, params)}
     if term.op == "ones":
         value = X.reshape(-1, 1, m).expand(-1, place.index.shape[0], m)
-        return {place.parameter: _put(torch.zeros_like(p), place, value, False)}
+        return {place.parameter: put(torch.zeros_like(p), place, value, False)}
     if term.op == "free":
-        return {place.parameter: _put(torch.zeros_like(p), place, X.reshape(-1, *place.index.shape), False)}
+        return {place.parameter: put(torch.zeros_like(p), place, X.reshape(-1, *place.index.shape), False)}
     if term.op == "normal":
         n_hat = torch.ones(place.index.shape, dtype=p.dtype) if term.gain is None else _aligned(1 / _vector(params, term.gain), place)
         rows = X.reshape(-1, 1, 1)
-        out = {place.parameter: _put(torch.zeros_like(p), place, rows * n_hat, False)}
+        out = {place.parameter: put(torch.zeros_like(p), place, rows * n_hat, False)}
         if term.offset is not None and term.target is not None:
             c = (n_hat * _aligned(_vector(params, term.offset), place)).sum()
             total = -(X.reshape(p.movedim(place.axis, -1).shape[:-1]) * c)
@@ -237,9 +237,9 @@ def _fold(term: Term, params: Params, c: Tensor, at: Params) -> Tensor:
     p, place = params[term.place.parameter].to(torch.float64), term.place
     n_hat = torch.ones(term.place.index.shape, dtype=p.dtype) if term.gain is None else _aligned(1 / _vector(params, term.gain), place)
     kappa = (n_hat * _aligned(_vector(at, term.offset), place)).sum()
-    U = _units(p, term.place)
+    U = units(p, term.place)
     step = -torch.einsum("rnm,nm->r", U, c)[:, None, None] * n_hat / kappa
-    return _put(torch.zeros_like(p), term.place, step, False)
+    return put(torch.zeros_like(p), term.place, step, False)
 
 
 def _to_bias(total: Tensor, term: Term, rank: int, bias: Tensor) -> Tensor:
@@ -269,12 +269,12 @@ def finite(term: Term, weight: float, params: Params, moved: dict[str, Tensor], 
             power = term.gain_power if term.op == "mode" else -term.gain_power
             E = embed_gain(E, _aligned(_vector(params, term.gain), place).T, power)
         p = _current(moved, params, place.parameter)
-        moved[place.parameter] = _put(p, place, _apply(E, _units(p, place)), False)
+        moved[place.parameter] = put(p, place, _apply(E, units(p, place)), False)
         return
     if term.op == "recentre":  # the frozen mean does not scale along: g s m (e^-t - 1) makes up for it
         c = _weighted(term, params, torch.expm1(-weight * X[..., 0])[copy].transpose(-1, -2))
         p = _current(moved, params, place.parameter)
-        moved[place.parameter] = _put(p, place, c.expand(p.numel() // place.size, *c.shape[1:]), True)
+        moved[place.parameter] = put(p, place, c.expand(p.numel() // place.size, *c.shape[1:]), True)
         return
     if term.op == "fold":  # exact at the shifted offset: W' x' = W x needs kappa after the move
         c = (weight * X)[copy[0]].T
@@ -422,7 +422,7 @@ class DictionaryAction:
         total = torch.zeros(e.copies.count, len(basis), dtype=torch.float64)
         for weight, term in e.terms:
             t, copy = self._at(term)
-            U = _units(params[t.place.parameter].to(torch.float64), t.place)
+            U = units(params[t.place.parameter].to(torch.float64), t.place)
             sign = weight if t.op == "mode" else -weight
             per = torch.einsum("rim,kij,rjm->rmk", U, basis, U) * sign / 2
             at = torch.zeros(1, per.shape[1], dtype=torch.long) if copy is None else copy

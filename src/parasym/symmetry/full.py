@@ -19,6 +19,7 @@ from parasym.symmetry.certify import ACCEPT, relative_change
 from parasym.symmetry.dictionary import DictionaryAction, EntriesAction, Entry
 from parasym.symmetry.discrete import Candidate, as_symmetry, discrete_candidates, discrete_symmetries
 from parasym.symmetry.fibre import Sampled
+from parasym.symmetry.fixed import fixed_set_of
 from parasym.symmetry.generic import generic_draw
 from parasym.symmetry.naming import group_of, name_of, where_of
 from parasym.symmetry.readers import readers
@@ -184,6 +185,7 @@ def _written(
                     True,
                     action,
                     where_of(e.parameters),
+                    fixed_set=fixed_set_of(e),
                     note=note,
                 )
             )  # type: ignore[arg-type]

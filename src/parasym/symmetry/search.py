@@ -20,6 +20,7 @@ from parasym.symmetry.dictionary import Entry
 from parasym.symmetry.discover import Discovery, Found
 from parasym.symmetry.families import Cover, Family, class_subspaces
 from parasym.symmetry.fibre import FibreAction, Sampled
+from parasym.symmetry.fixed import fixed_set_of
 from parasym.symmetry.generic import generic_draw
 from parasym.symmetry.naming import group_of, name_of, where_of
 from parasym.symmetry.places import places_of
@@ -202,6 +203,8 @@ def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, gene
             True,
             found.action,
             where_of(parameters),
+            fixed_set=fixed_set_of(entry),
+            note="true at these weights: a large enough move may end it" if point else "",
         )
     )
     out.entries.append(entry if entry.terms else None)
