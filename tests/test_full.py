@@ -116,3 +116,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         other = transformers.GPT2LMHeadModel(gpt2(3)[0].config).eval()
     with pytest.raises(CheckpointError, match=r"h\.2"):
         audit_checkpoint(other, (), kwargs, path)
+
+
+def test_the_name_is_callable_however_it_was_imported() -> None:
+    import parasym
+    import parasym.audit as module
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    assert callable(parasym.audit)
+    assert module(model, (x,)).completeness.nullity == parasym.audit(model, (x,)).completeness.nullity

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
@@ -471,3 +473,13 @@ def _classify(graph: Graph, found: Sequence[Symmetry], result: Search) -> dict[s
     size = {n: p.numel() for n, p in graph.params.items()}
     symmetric, undecided = sum(size[n] for n in moved if n in size), sum(size[n] for n in open_ if n in size)
     return {"symmetric": symmetric, "rigid": sum(size.values()) - symmetric - undecided, "undecided": undecided}
+
+
+class _CallableModule(ModuleType):
+    """``parasym.audit`` names this module once it is imported, and the function before: both can be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Audit:
+        return audit(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
