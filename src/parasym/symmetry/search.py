@@ -24,6 +24,7 @@ from parasym.symmetry.fixed import fixed_set_of
 from parasym.symmetry.generic import generic_draw
 from parasym.symmetry.naming import group_of, name_of, where_of
 from parasym.symmetry.places import places_of
+from parasym.symmetry.readers import readers
 from parasym.symmetry.spaces import Spaces, find_spaces
 from parasym.symmetry.symmetry import Kind, Level, Symmetry
 from parasym.symmetry.tangent import Flat, NullSpace, edge_motion, flat_of, null_space, triangular
@@ -186,7 +187,7 @@ def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, gene
     certificate = certify(found.action, judge, out.graph.params, generator)
     entry = found.entry
     parameters = tuple(found.action.entries) if hasattr(found.action, "entries") and not entry.terms else entry.parameters
-    name = name_of(entry, here_readers(out.graph))
+    name = name_of(entry, readers(out.graph))
     if not certificate.accepted:
         _reject(out, name, parameters, found.new, certificate)
         return False
@@ -212,15 +213,6 @@ def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, gene
 
 
 _KINDS: dict[str, Kind] = {"free": "pure", "row": "pure", "shift": "translation", "scale": "diagonal"}
-
-
-def here_readers(graph: Graph) -> Any:
-    from parasym.symmetry.readers import readers
-
-    cached = graph.__dict__.get("_readers")
-    if cached is None:
-        cached = graph.__dict__["_readers"] = readers(graph)
-    return cached
 
 
 def _reject(out: Search, name: str, parameters: Sequence[str], dim: int, c: Certificate) -> None:
