@@ -31,6 +31,7 @@ from parasym.symmetry.twin import Twin, find_twin
 from parasym.symmetry.write import Writer, WritingError, action_of
 
 _DRAWS = 4
+_MOVED = 1e-4  # a certificate of a smaller relative move says nothing
 
 
 @dataclass
@@ -197,11 +198,14 @@ def _written(
 def _joint_residual(
     actions: Sequence[DictionaryAction], judge: Sampled, before: Tensor, params: Mapping[str, Tensor], generator: torch.Generator
 ) -> float:
-    """One finite element of every copy of a family at once, end to end on the full model."""
+    """One finite element of every copy of a family at once, end to end on the full model; infinite where a copy hardly moved."""
     moved = dict(params)
     for a in actions:
         element = torch.randn(a.dim, generator=generator, dtype=torch.float64)
-        moved.update(a.act(moved, 0.5 * element / max(1.0, float(a.entry.size) ** 0.5)))
+        new = a.act(moved, 0.5 * element / max(1.0, float(a.entry.size) ** 0.5))
+        if max(float((new[n] - moved[n]).norm()) / (float(moved[n].norm()) + 1e-9) for n in new) < _MOVED:
+            return float("inf")
+        moved.update(new)
     return relative_change(before, judge.outputs(moved))
 
 
