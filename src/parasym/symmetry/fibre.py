@@ -17,7 +17,7 @@ from parasym.core.graph import Graph
 from parasym.symmetry.symmetry import Params
 from parasym.symmetry.tangent import Batch, Flat, cut, jacobian, svd
 
-_STEPS = 12
+_STEPS, _SLOW = 20, 0.1  # Gauss-Newton steps, and the decrease below which the Jacobian is taken anew
 
 
 @dataclass
@@ -35,9 +35,9 @@ class Sampled:
         with torch.no_grad():
             return torch.cat([o.reshape(-1) for env in self.envs for o in self.graph.replay(params, env)])
 
-    def columns(self, params: Params, flat: Flat, rows: Tensor) -> Tensor:
-        """(outputs, k) derivatives with respect to the entries ``rows``."""
-        return torch.cat([jacobian(self.graph, params, env, flat, rows) for env in self.envs])
+    def columns(self, params: Params, flat: Flat, names: Sequence[str]) -> Tensor:
+        """(outputs, k) derivatives with respect to the entries of some parameters."""
+        return torch.cat([jacobian(self.graph, params, env, flat, names) for env in self.envs])
 
 
 @dataclass
@@ -54,6 +54,7 @@ class FibreAction:
     vectors: Tensor
     names: tuple[str, ...]
     dim: int = field(init=False)
+    _rank: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.dim = self.vectors.shape[1]
@@ -61,12 +62,15 @@ class FibreAction:
     def generators(self, params: Params) -> dict[str, Tensor]:
         """The stored directions, projected on the null space of the Jacobian at ``params``."""
         rows = self.flat.rows(self.names)
-        J = self.sampled.columns(params, self.flat, rows)
+        J = self._columns(params)
         _, s, Vh = svd(torch.linalg.qr(J, mode="r").R)
         null = Vh[cut(s / s[0].clamp(min=1e-300)) :].T
         moved = torch.zeros_like(self.vectors)
         moved[rows] = null @ (null.T @ self.vectors[rows])
         return {n: t for n, t in self.flat.unpack(moved.T).items() if n in self.names}
+
+    def _columns(self, params: Params) -> Tensor:
+        return self.sampled.columns(params, self.flat, self.names)
 
     def act(self, params: Params, element: Tensor) -> dict[str, Tensor]:
         """Step by ``element`` (coordinates on the generators), then return to the fibre."""
@@ -74,20 +78,25 @@ class FibreAction:
         target = self.sampled.outputs(start)
         rows = self.flat.rows(self.names)
         theta = self.flat.pack(start) + self.vectors @ element.to(torch.float64)
-        rank = cut(_relative(torch.linalg.svdvals(torch.linalg.qr(self.sampled.columns(start, self.flat, rows), mode="r").R)))
-        scale, best, last = float(target.abs().max()) + 1e-300, theta, float("inf")
+        if self._rank is None:
+            self._rank = cut(_relative(torch.linalg.svdvals(torch.linalg.qr(self._columns(start), mode="r").R)))
+        scale, best, last, inverse = float(target.abs().max()) + 1e-300, theta, float("inf"), None
         for _ in range(_STEPS):
             now = self.flat.unpack(theta)
             r = self.sampled.outputs(now) - target
             error = float(r.abs().max()) / scale
+            stalled = error > _SLOW * last
             if error < last:
                 best, last = theta, error
-            if not error < float("inf") or error < 1e-15 or error > 1e3 * last:
+            if not error < float("inf") or error < 1e-15 or (stalled and (error < 1e-13 or error > 1e3 * last)):
                 break
-            Q, R = torch.linalg.qr(self.sampled.columns(now, self.flat, rows))
-            U, s, Vh = svd(R)
+            if inverse is None or stalled:  # one factor serves as long as it brings the error down fast
+                Q, R = torch.linalg.qr(self._columns(now))
+                U, s, Vh = svd(R)
+                k = self._rank
+                inverse = (Vh[:k].T / s[:k]) @ (U[:, :k].T @ Q.T)
             theta = theta.clone()
-            theta[rows] -= Vh[:rank].T @ ((U[:, :rank].T @ (Q.T @ r)) / s[:rank])
+            theta[rows] -= inverse @ r
         return {n: t for n, t in self.flat.unpack(best).items() if n in self.names}
 
 

@@ -27,10 +27,11 @@ from parasym.symmetry.places import places_of
 from parasym.symmetry.readers import readers
 from parasym.symmetry.spaces import Spaces, find_spaces
 from parasym.symmetry.symmetry import Kind, Level, Symmetry
-from parasym.symmetry.tangent import Flat, NullSpace, edge_motion, flat_of, null_space, triangular
+from parasym.symmetry.tangent import Flat, NullSpace, edge_motion, flat_of, jacobian, kernel, null_space, triangular
 
 Progress = Callable[[str, float], None]
 _MAX_BATCHES = 64
+_SEEN = 1e-11  # relative derivative above which a batch sees a direction
 
 
 @dataclass
@@ -98,14 +99,14 @@ def search(
     Args:
         batches: inputs for rank and certificates.
         grow: draw more of the same kind until the rank is stable (False: exactly these).
-        general: the graph's parameters are in general position already.
+        general: a twin: its parameters are in general position and its batches were drawn, so certificates may draw their own.
         blind: look for families without a closed form in what closed forms leave.
     """
     tell = progress or (lambda stage, fraction: None)
     flat = flat_of(graph)
     tell("rank", 0.0)
     null, batches = settle(graph, graph.params, batches, flat, generator, grow)
-    fresh = [draw(graph, batches[0], generator) for _ in range(2)] if grow else batches
+    fresh = [draw(graph, batches[0], generator, wide=general) for _ in range(2)] if grow or general else batches
     spaces = find_spaces(graph)
     anywhere, generic = (graph.params, null) if general else general_position(graph, spaces, batches, flat, generator, null)
     out = Search(graph, spaces, batches, fresh, null, generic)
@@ -251,12 +252,17 @@ def _blind(out: Search, here: Discovery, flat: Flat, judge: Sampled, level: Leve
 
 
 def _enough(out: Search, flat: Flat) -> list[Batch]:
-    """The first few batches that have the full rank already: a retraction evaluates their Jacobian many times."""
-    outputs = sum(o.numel() for o in out.graph.replay(out.graph.params, out.graph.prepare(out.batches[0])))
-    k = max(1, -(-flat.size // max(outputs, 1)))
-    while k < len(out.batches) and null_space(triangular(out.graph, out.graph.params, out.batches[:k], flat), k).nullity > out.null.nullity:
-        k *= 2
-    return out.batches[:k]
+    """Those batches that add to the rank: a retraction evaluates their Jacobian many times."""
+    chosen, basis = [], torch.eye(flat.size, dtype=torch.float64)
+    for data in out.batches:
+        seen = jacobian(out.graph, out.graph.params, out.graph.prepare(data), flat) @ basis
+        unseen = kernel(seen, _SEEN * out.null.scale)
+        if unseen.shape[1] < basis.shape[1]:
+            chosen.append(data)
+            basis = basis @ unseen
+        if basis.shape[1] <= out.null.nullity:
+            return chosen
+    return out.batches
 
 
 _FIBRE_NAMES = {

@@ -9,6 +9,7 @@ it passes on, forgets or cannot bear. No operator is known to be odd or even bef
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ _LABEL = dict[_SLOT, int]
 _VARIABLE = tuple[str, int, int, int]
 _GROUP = list[tuple[int, _SLOT]]  # slots of the arguments that can only be negated together
 _RELATION = list[tuple[int, list[int]]]  # (set of groups, set of slots of each result)
-_GROUPS, _BLOCKS, _ELEMENTS = 5, 16, 4_000_000
+_GROUPS, _BLOCKS, _ELEMENTS, _GLANCE = 5, 16, 4_000_000, 64
 _CARRY = {
     "transpose", "t", "numpy_T", "mT", "permute", "unsqueeze", "squeeze", "expand", "contiguous", "clone", "to", "alias",
     "detach", "dropout",
@@ -367,12 +368,14 @@ class SignPass:
             return None
         if before.dtype == torch.bool or not before.is_floating_point():
             return 0 if torch.equal(before, after) else None
-        signs = [self._sign(s, axes) for s in slots]
+        if not _close(before.abs(), after.abs()):
+            return None
+        signs = [self._sign(s, axes).expand(before.shape) for s in slots]
+        glance = torch.unravel_index(torch.linspace(0, before.numel() - 1, _GLANCE).long(), before.shape) if before.dim() else ()
         for bits in _subsets(len(slots), 8):
-            expected = before
-            for j, s in enumerate(signs):
-                expected = expected * s if bits >> j & 1 else expected
-            if torch.allclose(expected, after, rtol=1e-9, atol=1e-12, equal_nan=True):
+            chosen = [s for j, s in enumerate(signs) if bits >> j & 1]
+            few = math.prod((s[glance] for s in chosen), start=before[glance])
+            if _close(few, after[glance]) and _close(math.prod(chosen, start=before), after):  # most subsets fall at a glance
                 return bits
         return None
 
@@ -432,6 +435,10 @@ def _elements(axes: Any) -> int:
     for a in axes:
         total *= a.size if isinstance(a, Axis) else 1
     return total
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
 def _subsets(n: int, most: int) -> Iterator[int]:

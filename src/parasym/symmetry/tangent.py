@@ -23,6 +23,7 @@ Batch = Sequence[Tensor]
 _GAP_FLOOR = 1e-11  # relative singular values above this are never null
 _TANGENT_BYTES = 400_000_000
 _MAX_ELEMENTS = 400
+_MANY_OUTPUTS = 8  # more outputs than this for each parameter entry: forward mode
 
 
 @dataclass
@@ -93,38 +94,43 @@ def jacobian_columns(
     return [torch.cat([p[i] for p in parts]) for i in range(len(wanted))]
 
 
-def jacobian(graph: Graph, params: Mapping[str, Tensor], env: Mapping[str, object], flat: Flat, rows: Tensor | None = None) -> Tensor:
-    """Jacobian (outputs, k) of all outputs with respect to some parameter entries, by whichever mode needs fewer passes.
+def jacobian(
+    graph: Graph, params: Mapping[str, Tensor], env: Mapping[str, object], flat: Flat, names: Sequence[str] | None = None
+) -> Tensor:
+    """Jacobian (outputs, k) of all outputs with respect to the entries of some parameters, in the order given.
+
+    Reverse mode, unless there are many more outputs than entries: forward mode dispatches far slower.
 
     Args:
-        rows: indices (k,) of the entries; None: all.
+        names: the parameters; None: all.
     """
-    k = flat.size if rows is None else len(rows)
-    base = {n: params[n] for n in flat.shapes}
-
-    def run(p: dict[str, Tensor]) -> Tensor:
-        return torch.cat([o.reshape(-1) for o in graph.replay({**params, **p}, env)])
-
+    names = list(flat.shapes) if names is None else list(names)
+    rows = flat.rows(names)
     with math_attention():
-        value, pull = torch.func.vjp(run, base)[:2]
-        outputs = value.numel()
-        back = _first_of(pull)
-        if 3 * outputs < k:
-            chunk = max(1, min(outputs, _TANGENT_BYTES // (64 * flat.size + 8 * 40 * outputs)))
+        leaves = {n: params[n].detach().requires_grad_() for n in names}
+        out = torch.cat([o.reshape(-1) for o in graph.replay({**params, **leaves}, env)])
+        if not names or not out.requires_grad:
+            return out.new_zeros(len(out), len(rows))
+        if len(out) < _MANY_OUTPUTS * len(rows):
             try:
-                grads = [torch.func.vmap(back)(c) for c in torch.eye(outputs, dtype=value.dtype).split(chunk)]
-                J = torch.cat([torch.cat([g[n].reshape(len(g[n]), -1) for n in flat.shapes], 1) for g in grads])
-                return J if rows is None else J[:, rows]
-            except RuntimeError:  # an operator without a batching rule for its derivative: forward mode then
+                return _pulled_back(out, list(leaves.values()))
+            except RuntimeError:  # an operator without a batching rule for its derivative
                 pass
-        del value, pull, back
-    directions = torch.eye(flat.size, dtype=torch.float64)
-    columns = jacobian_columns(graph, params, env, graph.outputs, directions if rows is None else directions[rows], flat)
-    return torch.cat([c.reshape(k, -1) for c in columns], 1).T
+    directions = torch.eye(flat.size, dtype=torch.float64)[rows]
+    columns = jacobian_columns(graph, params, env, graph.outputs, directions, flat)
+    return torch.cat([c.reshape(len(rows), -1) for c in columns], 1).T
 
 
-def _first_of(pull: Callable[[Tensor], tuple[dict[str, Tensor], ...]]) -> Callable[[Tensor], dict[str, Tensor]]:
-    return lambda v: pull(v)[0]
+def _pulled_back(out: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """(outputs, entries) by reverse mode, a bounded number of rows at a time."""
+    width = sum(leaf.numel() for leaf in leaves)
+    chunk = max(1, min(len(out), _TANGENT_BYTES // (64 * width + 8 * 40 * len(out))))
+    parts = []
+    for rows in torch.eye(len(out), dtype=out.dtype).split(chunk):
+        grads = torch.autograd.grad(out, leaves, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)
+        zeros = [leaf.new_zeros(len(rows), leaf.numel()) for leaf in leaves]
+        parts.append(torch.cat([z if g is None else g.reshape(len(rows), -1) for g, z in zip(grads, zeros, strict=True)], 1))
+    return torch.cat(parts)
 
 
 @dataclass
