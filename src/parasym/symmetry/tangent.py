@@ -8,7 +8,7 @@ map on every sample (a symmetry) and which cannot be seen by any reader.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
