@@ -54,15 +54,13 @@ def change(
 ) -> tuple[float, float]:
     """(relative change of the outputs, relative size of the move) under one fresh element.
 
-    Structural families are tried at fresh parameters, the others where they were found. A fibre element is a short step.
+    Structural families are tried at fresh parameters, the others where they were found, within their radius.
     """
     model = in_float64(model)
     params: Params = trainable(model)
     if is_structural(symmetry):
         params = elsewhere(params, generator)
     element = symmetry.random_element(generator, scale=0.4)
-    if "fibre" in symmetry.group:
-        element = 0.03 * element / element.norm()
     moved = symmetry.act(params, element)
     with torch.no_grad():
         before = torch.cat([outputs(model, params, args, kwargs) for args in inputs])

@@ -6,6 +6,7 @@ is found at those weights. Closed forms first; what they leave is found blind an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from parasym.core.graph import Graph
 from parasym.core.samples import Batch, draw, generic_parameters
-from parasym.symmetry.certify import ACCEPT, Certificate, certify, relative_change
+from parasym.symmetry.certify import ACCEPT, MARGIN, SIZES, Certificate, certify, certify_local, relative_change
 from parasym.symmetry.dictionary import Entry
 from parasym.symmetry.discover import Discovery, Found
 from parasym.symmetry.families import Cover, Family, class_subspaces
@@ -185,7 +186,9 @@ def _admit(out: Search, here: Discovery, found: Found, judge: Sampled, level: Le
 
 
 def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, generator: torch.Generator, point: bool) -> bool:
-    certificate = certify(found.action, judge, out.graph.params, generator)
+    certificate, radius = certify(found.action, judge, out.graph.params, generator), math.inf
+    if point:
+        certificate, radius = certify_local(found.action, judge, out.graph.params, generator)
     entry = found.entry
     parameters = tuple(found.action.entries) if hasattr(found.action, "entries") and not entry.terms else entry.parameters
     name = name_of(entry, readers(out.graph))
@@ -206,7 +209,8 @@ def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, gene
             found.action,
             where_of(parameters),
             fixed_set=fixed_set_of(entry),
-            note="true at these weights: a large enough move may end it" if point else "",
+            note="true at these weights: a move beyond the radius may end it" if point else "",
+            radius=radius,
         )
     )
     out.entries.append(entry if entry.terms else None)
@@ -282,7 +286,7 @@ def _certify_family(
     best: Certificate | None = None
     for names in (family.parameters, tuple(flat.shapes)):  # the fibre may curve out of the smallest set: then all may move
         action = FibreAction(sampled, flat, family.new, names)
-        for size in (0.3, 0.1, 0.03):
+        for size in SIZES:
             best = certify_fibre(action, judge, out.graph.params, generator, size)
             if best.accepted:
                 break
@@ -291,9 +295,8 @@ def _certify_family(
     assert best is not None
     if best.accepted:
         kind: Kind = "point" if special else family.kind
-        note = (
-            "true at these weights and on these inputs; certified by step and retraction" if special else "certified by step and retraction"
-        )
+        note = "certified by step and retraction, within the radius"
+        note = f"true at these weights and on these inputs; {note}" if special else note
         out.symmetries.append(
             Symmetry(
                 name,
@@ -307,6 +310,7 @@ def _certify_family(
                 action,
                 where_of(family.parameters),
                 note=note,
+                radius=size / MARGIN,
             )
         )
         out.entries.append(None)
@@ -321,7 +325,7 @@ def certify_fibre(
     """One step and retraction: outputs unchanged on the judge's inputs, and the parameters moved the way they were asked to."""
     before = judge.outputs(params)
     residual, cosine = 0.0, 1.0
-    for sign in (1.0, -1.0, 1.0):
+    for sign in (1.0, -1.0, 1.0, -1.0):
         element = torch.randn(action.dim, generator=generator, dtype=torch.float64)
         element = sign * size * element / element.norm()
         new = action.act(params, element)
@@ -330,5 +334,5 @@ def certify_fibre(
         asked = (action.vectors @ element)[action.flat.rows(action.names)]
         cosine = min(cosine, float(moved @ asked / (moved.norm() * asked.norm()).clamp(min=1e-300)))
         if residual > ACCEPT or cosine < 0.9 or float(moved.norm()) < 0.5 * size:
-            return Certificate(residual, min(cosine, float(moved.norm()) / size), False, 3)
-    return Certificate(residual, cosine, True, 3)
+            return Certificate(residual, min(cosine, float(moved.norm()) / size), False, 4)
+    return Certificate(residual, cosine, True, 4)

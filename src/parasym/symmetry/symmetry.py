@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -68,6 +69,8 @@ class Symmetry:
         action: how its elements move parameters.
         fixed_set: the collapsed states, where there are any.
         note: assumptions and caveats (domain it was certified on, eps, dead gradient, ...).
+        radius: largest norm of an element's coordinates that the claim covers: what is true at these weights only ends
+            where a unit wakes or a kink is crossed; infinite for a group.
     """
 
     name: str
@@ -83,16 +86,21 @@ class Symmetry:
     order: int = 0
     fixed_set: FixedSet | None = field(default=None, repr=False)
     note: str = ""
+    radius: float = math.inf
 
     def act(self, params: Params, element: Tensor) -> dict[str, Tensor]:
         """Return all of ``params`` with the group element applied; nothing is changed in place."""
         return {**params, **self.action.act(params, element)}
 
     def random_element(self, generator: torch.Generator | None = None, scale: float = 0.5) -> Tensor:
-        """Draw an element: Lie-algebra coordinates of standard deviation ``scale``, or the index of a discrete generator."""
+        """Draw an element: Lie-algebra coordinates of standard deviation ``scale``, or the index of a discrete generator.
+
+        Coordinates longer than the symmetry's radius are shortened to it.
+        """
         if self.kind == "discrete":
             return torch.randint(max(self.order, 1), (), generator=generator)
-        return scale * torch.randn(self.action.dim, generator=generator, dtype=torch.float64)
+        element = scale * torch.randn(self.action.dim, generator=generator, dtype=torch.float64)
+        return element * min(1.0, self.radius / max(float(element.norm()), 1e-300))
 
     def generators(self, params: Params) -> dict[str, Tensor]:
         """Tangents at the identity, (dim, *shape) for each parameter that moves."""
@@ -114,17 +122,72 @@ class Symmetry:
             "parameters": list(self.parameters), "level": self.level, "residual": self.residual,
             "certified": self.certified, "where": self.where, "note": self.note,
             "fixed_set": self.fixed_set.description if self.fixed_set else None,
+            "radius": self.radius if math.isfinite(self.radius) else None,
         }
 
 
 @dataclass(frozen=True)
+class Classified:
+    """What is known of one parameter.
+
+    Attributes:
+        kind: "symmetric": a certified symmetry moves it (all of it or a part); "rigid": nothing does, and that is proven;
+            "undecided": neither is known.
+        size: how many numbers it holds.
+        why: the proof that it is rigid, or what stood in the way of a decision.
+        by: names of the certified symmetries that move it.
+    """
+
+    kind: Literal["symmetric", "rigid", "undecided"]
+    size: int
+    why: str = ""
+    by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class SymmetrySet(Sequence[Symmetry]):
-    """What discovery found: certified symmetries, what was refuted, what could not be decided."""
+    """What discovery found: certified symmetries, what was refuted, what could not be decided.
+
+    Attributes:
+        rest: for every trainable parameter what it is where no certified symmetry moves it: rigid or undecided
+            (:mod:`parasym.symmetry.rigid`).
+    """
 
     symmetries: tuple[Symmetry, ...]
     refuted: tuple[dict[str, Any], ...] = ()
     undecided: tuple[dict[str, Any], ...] = ()
     approximate: tuple[dict[str, Any], ...] = ()
+    rest: Mapping[str, Classified] = field(default_factory=dict, repr=False)
+
+    def classify(self) -> dict[str, Classified]:
+        """Every trainable parameter: symmetric, rigid, or undecided with the reason; none is left out."""
+        by: dict[str, dict[str, None]] = {}
+        for s in self.symmetries:
+            for p in s.parameters if s.certified else ():
+                by.setdefault(p, {})[s.name] = None
+        return {n: replace(c, kind="symmetric", why="", by=tuple(by[n])) if n in by else c for n, c in self.rest.items()}
+
+    def counts(self) -> dict[str, int]:
+        """Numbers in symmetric, rigid and undecided parameters; they add up to all trainable ones."""
+        classes = self.classify().values()
+        return {kind: sum(c.size for c in classes if c.kind == kind) for kind in ("symmetric", "rigid", "undecided")}
+
+    def reasons(self) -> list[dict[str, Any]]:
+        """Why parameters stayed undecided: each reason with the numbers and the parameters it concerns, the most first."""
+        out: dict[str, dict[str, Any]] = {}
+        for name, c in self.classify().items():
+            if c.kind == "undecided":
+                row = out.setdefault(c.why, {"why": c.why, "count": 0, "parameters": []})
+                row["count"] += c.size
+                row["parameters"].append(name)
+        return sorted(out.values(), key=lambda row: -row["count"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description, without the functions."""
+        return {
+            "symmetries": [s.to_dict() for s in self.symmetries], "refuted": list(self.refuted), "undecided": list(self.undecided),
+            "approximate": list(self.approximate), "classified": self.counts(), "reasons": self.reasons(),
+        }  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.symmetries)
