@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -429,3 +430,100 @@ def test_catalogue_networks(name: str) -> None:
         assert change(model, s, [args], generator)[0] <= 1e-9, s
     undecided = sum(int(u.get("dim", 0)) for u in result.undecided)
     assert result.explained + undecided == result.null.nullity
+
+
+# --- single numbers, and what holds at special weights --------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """A residual branch behind one number (ReZero)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.alpha = nn.Linear(3, 5), nn.Linear(5, 3), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.alpha * self.down(torch.tanh(self.up(x)))
+
+
+def test_a_single_number_takes_part_in_a_scale() -> None:
+    with fresh(0):
+        model, x = Gated(), torch.randn(40, 3)
+    result = find(model, [(x,)])
+    check_complete(result, 1)
+    (s,) = result.symmetries
+    assert s.parameters == ("alpha", "down.weight", "down.bias")
+    assert s.kind == "diagonal"
+    assert change(model, s, [(x,)], torch.Generator().manual_seed(1))[0] <= 1e-10
+    params = dict(result.graph.params)
+    assert s.generators(params)["alpha"].shape == (1,)
+    assert s.act(params, torch.tensor([0.3]))["alpha"].shape == ()
+
+
+@pytest.mark.skipif(not ZOO["hf-gpt2"].available, reason="needs transformers")
+def test_unit_gains_let_a_tied_stream_rotate() -> None:
+    """A tied head forbids rotations of the stream at general gains; the gains of a fresh GPT-2 allow them."""
+    import transformers
+
+    config = transformers.GPT2Config(
+        n_layer=1, n_embd=6, n_head=2, n_inner=5, vocab_size=9, n_positions=5, use_cache=False, bos_token_id=0, eos_token_id=0
+    )
+    with fresh(0):
+        model = transformers.GPT2LMHeadModel(config).eval().double()
+        x = {"input_ids": torch.randint(0, 9, (3, 5))}
+    graph = trace(model, (), x)
+    result = search(graph, [flatten(graph, (), x)], torch.Generator().manual_seed(0))
+    assert result.explained == result.null.nullity > result.generic.nullity
+    (turn,) = [s for s in result.symmetries if s.group == "O(5)"]
+    assert (turn.kind, turn.dim, turn.radius) == ("point", 10, math.inf)
+    params = dict(result.graph.params)
+    element = turn.random_element(torch.Generator().manual_seed(1), scale=1.0)
+    at = graph_outputs(result)
+    assert float((at(turn.act(params, element)) - at(params)).abs().max()) < 1e-12
+    gain = "transformer.ln_f.weight"  # at other gains the same element changes the function
+    uneven = params | {gain: params[gain] * torch.linspace(0.5, 2, 6, dtype=torch.float64)}
+    assert float((at(turn.act(uneven, element)) - at(uneven)).abs().max()) > 1e-4
+
+
+def test_a_dead_unit_is_free_within_its_radius() -> None:
+    with fresh(0):
+        model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+        x = torch.rand(60, 2)
+        with torch.no_grad():
+            model[0].bias[1] = -4.0
+            model[0].weight[1] = 0.3
+    result = find(model, [(x,)])
+    (free,) = [s for s in result.symmetries if s.kind == "point" and s.parameters == ("0.weight",)]
+    assert 0 < free.radius < 1
+    params = dict(result.graph.params)
+    generator = torch.Generator().manual_seed(3)
+    assert all(float(free.random_element(generator, scale=9.0).norm()) <= free.radius * (1 + 1e-12) for _ in range(5))
+    for _ in range(100):
+        assert change(model, free, [(x,)], generator)[0] == 0.0
+    far = 100 * torch.ones(free.action.dim, dtype=torch.float64)  # a move that wakes the unit
+    at = graph_outputs(result)
+    assert float((at(free.act(params, far)) - at(params)).abs().max()) > 1e-3
+
+
+def graph_outputs(result: Search) -> Callable[[Any], Tensor]:
+    env = result.graph.prepare(result.batches[0])
+    return lambda p: torch.cat([o.reshape(-1) for o in result.graph.replay(p, env)])
+
+
+def test_the_eps_of_a_norm_leaves_an_approximate_scale() -> None:
+    """What the eps takes away is reported with its singular-value ratio, and the ratio follows the eps."""
+    assert found("conv-gn-relu-eps0").approximate == []
+    (lost,) = found("conv-gn-relu").approximate
+    assert lost["dim"] == found("conv-gn-relu-eps0").null.nullity - found("conv-gn-relu").null.nullity
+    assert set(lost["parameters"]) == {"c1.weight", "c1.bias"}
+    ratios = []
+    for eps in (1e-8, 1e-6):
+        with fresh(0):
+            model = nn.Sequential(nn.Linear(3, 8), nn.GroupNorm(2, 8, eps=eps), nn.Tanh(), nn.Linear(8, 2)).double()
+            x = torch.randn(40, 3)
+        result = find(generic_(model), [(x,)])
+        (lost,) = result.approximate
+        assert result.explained == result.null.nullity  # and it is no symmetry
+        assert lost["dim"] == 2
+        ratios.append(lost["ratio"])
+    assert ratios[1] / ratios[0] == pytest.approx(100, rel=0.02)

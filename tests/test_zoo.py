@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+import parasym
+from parasym.core.errors import TraceError
 from strategies import LIMIT, Architecture, architectures, random_architecture
 from test_known_answers_oracle import jacobian, spectrum
 from zoo import ZOO, ZooCase
@@ -113,3 +115,35 @@ def test_random_architectures_run(architecture: Architecture) -> None:
     assert out.isfinite().all(), architecture.description
     assert out.dtype == torch.float64
     assert out.shape[0] == architecture.args[0].shape[0]
+
+
+# a large twin, or a retraction over many samples
+LONG = {"hf-gpt-neox", "hf-mixtral-batched", "hf-convnext"}
+
+
+def audited(case: ZooCase) -> None:
+    model, args, kwargs = case.build()
+    audit = parasym.audit(model, args, kwargs)
+    left = [(u["name"], u["why"], u["parameters"]) for u in audit.undecided]
+    assert audit.completeness.explained == 1.0, left
+    assert audit.completeness.exact
+    assert all(s.certified and s.residual <= 1e-10 for s in audit.symmetries)
+    assert sum(s.dim for s in audit.symmetries) == audit.completeness.nullity
+
+
+@pytest.mark.parametrize("case", available(n for n, c in ZOO.items() if c.exports and n not in LONG))
+def test_every_direction_is_explained(case: ZooCase) -> None:
+    audited(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", available(sorted(LONG)))
+def test_every_direction_is_explained_slow(case: ZooCase) -> None:
+    audited(case)
+
+
+@pytest.mark.parametrize("case", available(n for n, c in ZOO.items() if not c.exports))
+def test_what_does_not_export_is_a_clear_error(case: ZooCase) -> None:
+    model, args, kwargs = case.build()
+    with pytest.raises(TraceError, match="depend on the data"):
+        parasym.audit(model, args, kwargs)

@@ -131,18 +131,23 @@ class Copies:
 
 def units(p: Tensor, place: Place) -> Tensor:
     """(rest, n, m) view of a parameter by unit and column (a copy)."""
-    moved = p.movedim(place.axis, -1)
+    moved = _last(p, place.axis)
     return moved[..., place.index.reshape(-1)].reshape(-1, *place.index.shape)
 
 
 def put(p: Tensor, place: Place, value: Tensor, add: bool) -> Tensor:
     """Write (rest, n, m) values back along the axis; a new tensor."""
-    moved = p.movedim(place.axis, -1)
+    moved = _last(p, place.axis)
     out = moved.clone()
     value = value.reshape(*moved.shape[:-1], -1).to(p.dtype)
     index = place.index.reshape(-1)
     out[..., index] = out[..., index] + value if add else value
-    return out.movedim(-1, place.axis)
+    return out.movedim(-1, place.axis).reshape(p.shape)
+
+
+def _last(p: Tensor, axis: int) -> Tensor:
+    """The parameter with an axis moved to the end; a single number has one axis of size one."""
+    return p.movedim(axis, -1) if p.dim() else p[None]
 
 
 def _vector(params: Params, place: Place) -> Tensor:

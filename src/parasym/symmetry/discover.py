@@ -8,6 +8,7 @@ which read from it, or with which weight: the null space says so.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -32,7 +33,7 @@ from parasym.symmetry.dictionary import (
 )
 from parasym.symmetry.readers import frozen_norms, readers
 from parasym.symmetry.symmetry import Params
-from parasym.symmetry.tangent import Flat, NullSpace, kernel
+from parasym.symmetry.tangent import Flat, NullSpace, kernel, svd
 
 _TOL = 1e-11  # null directions move outputs by 1e-15, genuine ones by 4e-10 and more
 Places = Mapping[str, Sequence[Place]]
@@ -161,9 +162,8 @@ class Discovery:
 
     def _uniform(self) -> None:
         """Whole tensors scaled or shifted by one number, across index spaces."""
-        whole = {
-            n: Place(n, 0, (), torch.arange(p.shape[0])[None, :], {}, p.shape[0]) for n, p in self.params.items() if p.dim() and p.numel()
-        }
+        sizes = {n: p.shape[0] if p.dim() else 1 for n, p in self.params.items() if p.numel()}
+        whole = {n: Place(n, 0, (), torch.arange(size)[None, :], {}, size) for n, size in sizes.items()}
         self._solve("scale", "", [Term("mode", p) for p in whole.values()], Copies())
         absorbs = []
         for r in self.readers:
@@ -279,7 +279,7 @@ class Discovery:
             if local.columns(t.place) is None:
                 continue
             v = self._pack(tangent(t, self.params, X, local.columns(t.place)))
-            if float(v.norm()) > 1e-12:
+            if 1e-12 < float(v.norm()) < math.inf:  # a fold through an offset of zero is not finite
                 kept.append(term)
                 columns.append(v)
         if not columns:
@@ -340,7 +340,7 @@ class Discovery:
         before = self.explained.shape[1]
         rest = inside - self.explained @ (self.explained.T @ inside)
         rest = rest - self.explained @ (self.explained.T @ rest)
-        u, s, _ = torch.linalg.svd(rest, full_matrices=False)
+        u, s, _ = svd(rest, full=False)
         fresh = u[:, s > 1e-6]
         if fresh.shape[1] == 0:
             return

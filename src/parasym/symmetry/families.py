@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parasym.core.graph import Graph
 from parasym.symmetry.symmetry import Kind
-from parasym.symmetry.tangent import Edge, Flat, kernel, span
+from parasym.symmetry.tangent import Edge, Flat, kernel, span, svd
 
 CLASSES: tuple[Kind, ...] = ("pure", "translation", "diagonal", "linear", "affine")
 _MAX_AXIS = 24
@@ -235,7 +235,7 @@ class Cover:
         T = self.explained
         B = B - T @ (T.T @ B)
         B = B - T @ (T.T @ B)
-        u, s, _ = torch.linalg.svd(B, full_matrices=False)
+        u, s, _ = svd(B, full=False)
         return u[:, s > 1e-5]
 
 

@@ -79,7 +79,7 @@ class FibreAction:
         rows = self.flat.rows(self.names)
         theta = self.flat.pack(start) + self.vectors @ element.to(torch.float64)
         if self._rank is None:
-            self._rank = cut(_relative(torch.linalg.svdvals(torch.linalg.qr(self._columns(start), mode="r").R)))
+            self._rank = cut(_relative(svd(torch.linalg.qr(self._columns(start), mode="r").R)[1]))
         scale, best, last, inverse = float(target.abs().max()) + 1e-300, theta, float("inf"), None
         for _ in range(_STEPS):
             now = self.flat.unpack(theta)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parasym.core.eps import without_eps
+from parasym.core.errors import InputError
 from parasym.core.graph import Graph
 from parasym.core.samples import Batch, draw, generic_parameters
 from parasym.symmetry.certify import ACCEPT, MARGIN, SIZES, Certificate, certify, certify_local, relative_change
@@ -32,6 +34,7 @@ from parasym.symmetry.tangent import Flat, NullSpace, edge_motion, flat_of, jaco
 
 Progress = Callable[[str, float], None]
 _MAX_BATCHES = 64
+_NEARLY = 1e-2  # a finite element of an approximate symmetry changes the outputs by less
 _SEEN = 1e-11  # relative derivative above which a batch sees a direction
 
 
@@ -121,13 +124,15 @@ def search(
         _admit(out, here, found, judge, level, generator, point=False)
     if not here.complete:
         before, at = len(here.found), here.explained.shape[1]
-        here._entries()
+        here.run()
         kept = [torch.arange(at)]
         for found in here.found[before:]:
             if _certify_entry(out, found, judge, level, generator, point=True):
                 kept.append(torch.arange(at, at + found.new))
             at += found.new
         here.explained = here.explained[:, torch.cat(kept)]  # what was refuted stays open for the blind stage
+    tell("approximate", 0.7)
+    _approximate(out, here, anywhere, structural, judge, generator)
     tell("blind stage", 0.8)
     if not here.complete and not blind:
         left = null.nullity - here.explained.shape[1]
@@ -187,7 +192,7 @@ def _admit(out: Search, here: Discovery, found: Found, judge: Sampled, level: Le
 
 def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, generator: torch.Generator, point: bool) -> bool:
     certificate, radius = certify(found.action, judge, out.graph.params, generator), math.inf
-    if point:
+    if point and found.entry.algebra not in _GROUPS:
         certificate, radius = certify_local(found.action, judge, out.graph.params, generator)
     entry = found.entry
     parameters = tuple(found.action.entries) if hasattr(found.action, "entries") and not entry.terms else entry.parameters
@@ -209,7 +214,7 @@ def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, gene
             found.action,
             where_of(parameters),
             fixed_set=fixed_set_of(entry),
-            note="true at these weights: a move beyond the radius may end it" if point else "",
+            note="true at these weights only" if point else "",
             radius=radius,
         )
     )
@@ -217,7 +222,42 @@ def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, gene
     return True
 
 
+_GROUPS = ("scale", "gl", "so", "so1")  # where these hold they hold along the whole orbit, also at special weights
 _KINDS: dict[str, Kind] = {"free": "pure", "row": "pure", "shift": "translation", "scale": "diagonal"}
+
+
+def _approximate(
+    out: Search, here: Discovery, anywhere: Mapping[str, Tensor], structural: Sequence[Found], judge: Sampled, generator: torch.Generator
+) -> None:
+    """Families that the eps of a norm breaks: exact without it, nearly so with it."""
+    graph = without_eps(out.graph)
+    if graph is None:
+        return
+    try:
+        null = null_space(triangular(graph, anywhere, out.batches, here.flat), len(out.batches))
+    except InputError:  # a norm of zeros: its eps is what the model lives on
+        return
+    if null.nullity <= out.generic.nullity:
+        return
+    relaxed = Discovery(graph, anywhere, null, here.flat, here.places, here.constants, generator)
+    for found in structural:
+        relaxed._keep(found.entry, 0, found.action)
+    known = len(relaxed.found)
+    relaxed.run()
+    for found in relaxed.found[known:]:
+        c = certify(found.action, judge, out.graph.params, generator)
+        if ACCEPT < c.residual < _NEARLY and c.moved > 1e-3:
+            out.approximate.append(
+                {
+                    "name": name_of(found.entry, here.readers),
+                    "group": group_of(found.entry, found.action.dim),
+                    "parameters": list(found.entry.parameters),
+                    "dim": found.new,
+                    "ratio": here.tangent_error(found.action),
+                    "change": c.residual,
+                    "why": "exact but for the eps of a norm",
+                }
+            )
 
 
 def _reject(out: Search, name: str, parameters: Sequence[str], dim: int, c: Certificate) -> None:

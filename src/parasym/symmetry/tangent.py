@@ -206,14 +206,14 @@ def null_space(R: Tensor, samples: int) -> NullSpace:
     return NullSpace(Vh[rank:].T.contiguous(), values, top, samples, R)
 
 
-def svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Full SVD; the slower driver when the fast one does not converge."""
+def svd(A: Tensor, full: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD; the slower driver when the fast one does not converge."""
     try:
-        return torch.linalg.svd(A, full_matrices=True)
+        return torch.linalg.svd(A, full_matrices=full)
     except RuntimeError:
         import scipy.linalg
 
-        u, s, vh = scipy.linalg.svd(A.numpy(), lapack_driver="gesvd")
+        u, s, vh = scipy.linalg.svd(A.numpy(), full_matrices=full, lapack_driver="gesvd")
         return torch.from_numpy(u), torch.from_numpy(s), torch.from_numpy(vh)
 
 
@@ -233,7 +233,7 @@ def span(A: Tensor, tol: float = 1e-9) -> Tensor:
     """Orthonormal basis of the columns of A; columns below ``tol`` relative are dropped."""
     if A.shape[1] == 0:
         return A
-    u, s, _ = torch.linalg.svd(A, full_matrices=False)
+    u, s, _ = svd(A, full=False)
     return u[:, s > tol * max(float(s[0]), 1e-300)] if float(s[0]) > 0 else A[:, :0]
 
 
