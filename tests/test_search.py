@@ -519,9 +519,9 @@ def test_the_eps_of_a_norm_leaves_an_approximate_scale() -> None:
     ratios = []
     for eps in (1e-8, 1e-6):
         with fresh(0):
-            model = nn.Sequential(nn.Linear(3, 8), nn.GroupNorm(2, 8, eps=eps), nn.Tanh(), nn.Linear(8, 2)).double()
+            model = generic_(nn.Sequential(nn.Linear(3, 8), nn.GroupNorm(2, 8, eps=eps), nn.Tanh(), nn.Linear(8, 2)).double())
             x = torch.randn(40, 3)
-        result = find(generic_(model), [(x,)])
+        result = find(model, [(x,)])
         (lost,) = result.approximate
         assert result.explained == result.null.nullity  # and it is no symmetry
         assert lost["dim"] == 2
