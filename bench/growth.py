@@ -1,4 +1,4 @@
-"""Discovery written down at full size on the meta device: seconds and peak memory, by model and by number of layers.
+"""Discovery written down at full size on the meta device: seconds, processor seconds and peak memory, by model and by layers.
 
 python bench/growth.py [models|layers]
 """
@@ -37,15 +37,16 @@ def measure(name: str) -> None:
     config.use_cache = False
     with torch.device("meta"):
         model = getattr(transformers, model_class)(config).eval()
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     found = parasym.symmetries(model, (), example_inputs(model, batch=2))
-    seconds = time.perf_counter() - start
+    seconds, used = time.perf_counter() - start, time.process_time() - used
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     undecided = sum(u.get("dim", 0) for u in found.undecided)
     dims = sum(s.dim for s in found)
     size = sum(p.numel() for p in model.parameters())
     print(
-        f"{name:18} {size:>14,} {seconds:>8.1f} {peak:>7.2f} {peak - before:>7.2f} {len(found):>6} {dims:>12,} {undecided:>6}", flush=True
+        f"{name:18} {size:>14,} {seconds:>8.1f} {used:>8.1f} {peak:>7.2f} {peak - before:>7.2f} {len(found):>6} {dims:>12,} {undecided:>6}",
+        flush=True,
     )
 
 
@@ -55,7 +56,8 @@ def main() -> None:
         measure(sys.argv[2])
         return
     wanted = {"models": MODELS, "layers": LAYERS}
-    print(f"{'model':18} {'parameters':>14} {'seconds':>8} {'GiB':>7} {'above':>7} {'found':>6} {'dimensions':>12} {'open':>6}", flush=True)
+    heads = f"{'seconds':>8} {'CPU':>8} {'GiB':>7} {'above':>7} {'found':>6} {'dimensions':>12} {'open':>6}"
+    print(f"{'model':18} {'parameters':>14} {heads}", flush=True)
     for part in sys.argv[1:] or list(wanted):
         for name in wanted[part]:
             subprocess.run([sys.executable, __file__, "--one", name], check=True)
