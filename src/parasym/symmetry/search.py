@@ -122,12 +122,13 @@ def search(
     tell("certificates", 0.5)
     for found in structural:
         _admit(out, here, found, judge, level, generator, point=False)
+    everything = Sampled.of(graph, [*batches, *fresh] if grow else batches)  # a kink that few inputs cross ends a local claim
     if not here.complete:
         before, at = len(here.found), here.explained.shape[1]
         here.run()
         kept = [torch.arange(at)]
         for found in here.found[before:]:
-            if _certify_entry(out, found, judge, level, generator, point=True):
+            if _certify_entry(out, found, everything, level, generator, point=True):
                 kept.append(torch.arange(at, at + found.new))
             at += found.new
         here.explained = here.explained[:, torch.cat(kept)]  # what was refuted stays open for the blind stage
@@ -145,7 +146,7 @@ def search(
             }
         )
     elif not here.complete:
-        _blind(out, here, flat, judge, level, generator)
+        _blind(out, here, flat, everything, level, generator)
     out.explained = sum(s.dim for s in out.symmetries)
     out.moving = null.basis.norm(dim=1) > 1e-7
     tell("families", 1.0)
