@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from parasym.audit import Audit as Audit
     from parasym.audit import audit as audit
     from parasym.audit import symmetries as symmetries
+    from parasym.core.errors import ParasymError as ParasymError
     from parasym.symmetry.symmetry import Symmetry as Symmetry
     from parasym.symmetry.symmetry import SymmetrySet as SymmetrySet
 
@@ -18,10 +19,11 @@ _PUBLIC = {
     "audit": "parasym.audit",
     "symmetries": "parasym.audit",
     "Audit": "parasym.audit",
+    "ParasymError": "parasym.core.errors",
     "Symmetry": "parasym.symmetry.symmetry",
     "SymmetrySet": "parasym.symmetry.symmetry",
 }
-__all__ = ["Audit", "Symmetry", "SymmetrySet", "__version__", "audit", "symmetries"]
+__all__ = ["Audit", "ParasymError", "Symmetry", "SymmetrySet", "__version__", "audit", "symmetries"]
 
 
 def __getattr__(name: str) -> Any:
