@@ -9,6 +9,10 @@ from parasym.gallery.contract import Entry
 FILES: dict[str, str] = {
     "dcs-mirror-symmetry": "dcs_mirror_symmetry",
     "equivariance-toolbox": "equivariance_toolbox",
+    "law-of-balance": "law_of_balance",
+    "neural-mechanics": "neural_mechanics",
+    "noether-learning-dynamics": "noether_learning_dynamics",
+    "noise-equilibrium": "noise_equilibrium",
     "stochastic-collapse": "stochastic_collapse",
 }
 

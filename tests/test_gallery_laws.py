@@ -1,0 +1,108 @@
+"""The four gallery entries on charges and laws: every check passes at smoke size, and fails when its mechanism is tampered with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from parasym.gallery import law_of_balance, neural_mechanics, noether_learning_dynamics, noise_equilibrium
+from parasym.gallery.contract import Entry, Result
+from parasym.gallery.runner import run_entry, seeds_of
+from parasym.laws import balance
+
+ENTRIES: dict[str, Entry] = {
+    m.ENTRY.slug: m.ENTRY for m in (neural_mechanics, noether_learning_dynamics, law_of_balance, noise_equilibrium)
+}
+
+
+@pytest.mark.parametrize("slug", list(ENTRIES))
+def test_every_check_passes_at_smoke_size(slug: str) -> None:
+    entry = ENTRIES[slug]
+    result = run_entry(entry, entry.config("smoke"), preset="smoke")
+    assert result.passed, [(c.claim, c.predicted, c.measured, c.error) for c in result.checks if not c.passed]
+    assert any(c.kind == "control" for c in result.checks) and len(result.seeds) >= 3
+    assert Result.from_dict(json.loads(json.dumps(result.to_dict()))).passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", list(ENTRIES))
+def test_every_check_passes_by_default(slug: str) -> None:
+    entry = ENTRIES[slug]
+    result = run_entry(entry, entry.config("default"), preset="default")
+    assert result.passed, [(c.claim, c.predicted, c.measured, c.error) for c in result.checks if not c.passed]
+
+
+@pytest.mark.parametrize("slug", list(ENTRIES))
+def test_every_preset_names_three_seeds_and_all_experiments_have_a_config(slug: str) -> None:
+    entry = ENTRIES[slug]
+    for preset in ("smoke", "default", "full"):
+        config = entry.config(preset)
+        assert {f.name for f in dataclasses.fields(config)} == set(entry.experiments)
+        assert len(seeds_of(config)) >= 3
+    assert all(getattr(entry.config("default"), name) is not None for name in entry.experiments)
+
+
+def only(entry: Entry, **parts: Any) -> Result:
+    """Run some experiments of an entry, the others left out."""
+    config = dataclasses.replace(entry.config("smoke"), **{n: parts.get(n) for n in entry.experiments})
+    return run_entry(entry, config)
+
+
+def failed(result: Result) -> list[str]:
+    return [c.claim for c in result.checks if not c.passed]
+
+
+def test_a_wrong_sign_in_the_charge_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = neural_mechanics.rescale
+
+    def wrong(params: Any, inward: Any, outward: Any, name: str = "rescale") -> Any:
+        return right(params, [*inward, *((o, 1) for o in outward)], [], name)
+
+    monkeypatch.setattr(neural_mechanics, "rescale", wrong)
+    entry = neural_mechanics.ENTRY
+    claims = failed(only(entry, geometry=entry.config("smoke").geometry, flow=entry.config("smoke").flow))
+    assert any("ReLU rescale" in c for c in claims) and any("relu, gradient flow" in c for c in claims)
+
+
+def test_a_forgotten_factor_in_the_density_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = balance.log_density
+    monkeypatch.setattr(balance, "log_density", lambda m, t, L, x, width=1, sign=1: right(m, 2 * t, L, x, width, sign))
+    entry = law_of_balance.ENTRY
+    assert any("mean of v" in c for c in failed(only(entry, two=entry.config("smoke").two)))
+
+
+def test_a_wrong_growth_rate_of_the_norm_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = noether_learning_dynamics.NormFlow
+    monkeypatch.setattr(flow, "gain", property(lambda self: self.lr))
+    entry = noether_learning_dynamics.ENTRY
+    assert failed(only(entry, norm=entry.config("smoke").norm))
+
+
+def test_an_unbalanced_closed_form_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = noise_equilibrium.pair_from_product
+    monkeypatch.setattr(noise_equilibrium, "pair_from_product", lambda *a: (1.1 * right(*a)[0], right(*a)[1] / 1.1))
+    entry = noise_equilibrium.ENTRY
+    assert any("linear pair" in c for c in failed(only(entry, solvers=entry.config("smoke").solvers)))
+
+
+def test_closed_forms_of_the_law_of_balance() -> None:
+    m = law_of_balance.moments_of(20.0)
+    critical, _ = balance.sparsity_transition(m)
+    t = 0.34 * critical
+    v = torch.linspace(0.05, 3, 40, dtype=torch.float64)
+    k = m.a1 * v**2 - 2 * m.a2 * v + m.a3
+    delta = (m.a1 * m.a3 - m.a2**2) ** 0.5
+    angle = torch.arctan((m.a1 * v - m.a2) / delta)
+    closed = v ** (m.b2 / (2 * m.a3 * t) - 1.5) * k ** (-1 - m.b2 / (4 * t * m.a3))  # law-of-balance R6
+    closed = closed * torch.exp(-(m.a3 * m.b1 - m.a2 * m.b2) / (2 * t * m.a3 * delta) * angle)
+    ratio = balance.density(m, t, 2, v) / closed
+    assert float((ratio / ratio[0] - 1).abs().max()) < 1e-6
+    mean, var = balance.mean_and_variance(m, t, 1)  # linear regression: the mean is b2 / b1
+    assert mean == pytest.approx(m.b2 / m.b1, rel=1e-3) and var > 0
+    x, y = torch.randn(200_000, dtype=torch.float64), torch.randn(200_000, dtype=torch.float64)
+    assert balance.Moments.of(x, x + 2 * y).a3 == pytest.approx(6.0, rel=0.05)
+    assert balance.mean_and_variance(m, 2 * critical, 2) == (0.0, 0.0)
