@@ -629,6 +629,7 @@ def test_estimate_never_looks_better_than_it_is() -> None:
     with pytest.raises(InputError, match="stopped after 10 steps"):
         float(bad)
     assert float(Estimate(2)) == 2.0
+    assert float(Estimate(0.1)) == 0.1  # not rounded to single precision
     with pytest.raises(InputError, match="holds 2 numbers"):
         float(Estimate(torch.ones(2)))
 

@@ -87,6 +87,8 @@ class Estimate:
         """
         if self.status in ("not_converged", "not_applicable"):
             raise InputError(f"{self!r} is no number to compute with ({self.note or self.status}); read .value if you must.")
+        if isinstance(self.value, float):
+            return self.value  # a tensor of the default type would round it
         value = torch.as_tensor(self.value)
         if value.numel() != 1:
             raise InputError(f"{self!r} holds {value.numel()} numbers, not one; read .value.")

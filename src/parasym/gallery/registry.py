@@ -8,12 +8,18 @@ from parasym.gallery.contract import Entry
 
 FILES: dict[str, str] = {
     "dcs-mirror-symmetry": "dcs_mirror_symmetry",
+    "deep-gamblers": "deep_gamblers",
     "equivariance-toolbox": "equivariance_toolbox",
+    "gamblers-noisy-labels": "gamblers_noisy_labels",
+    "label-smoothing": "label_smoothing",
+    "laprop": "laprop",
     "law-of-balance": "law_of_balance",
     "neural-mechanics": "neural_mechanics",
     "noether-learning-dynamics": "noether_learning_dynamics",
     "noise-equilibrium": "noise_equilibrium",
+    "snake-activation": "snake_activation",
     "stochastic-collapse": "stochastic_collapse",
+    "volumization": "volumization",
 }
 
 
