@@ -49,10 +49,10 @@ browser:  ## Chromium for the browser tests (Debian, as root); without it they a
 	      || echo "browser: Chromium could not be installed; the browser tests will be skipped" >&2; \
 	  else echo "browser: no Chromium and no right to install it; the browser tests will be skipped" >&2; fi; fi
 
-bench: $(STAMP)  ## time the audit on models of growing size, and check 1,000 random networks
-	OMP_NUM_THREADS=1 $(BIN)/python bench/growth.py
-	OMP_NUM_THREADS=1 $(BIN)/python bench/audit.py
-	OMP_NUM_THREADS=1 $(BIN)/python bench/random_nets.py
+bench: $(STAMP)  ## growth of the audit, streaming, 1,000 random networks, and the parts beside their peers
+	$(BIN)/pip install -q --no-deps torch-pruning==1.6.1
+	for f in growth streaming audit random_nets pruning simulate "optim.py --compile" "snake.py --compile" curvature per_sample; do \
+	  case $$f in *.py*) set -- $$f;; *) set -- $$f.py;; esac; OMP_NUM_THREADS=1 $(BIN)/python bench/$$@ || exit 1; done
 
 gallery: $(STAMP)  ## run the gallery and write its report to gallery-report/
 	OMP_NUM_THREADS=2 $(BIN)/parasym gallery report gallery-report

@@ -60,7 +60,7 @@ def test_to_dict_is_json() -> None:
     assert again["completeness"]["nullity"] == 6
     assert again["completeness"]["explained"] == 1.0
     assert again["completeness"]["exact"] is True
-    keys = {"name", "group", "dim", "order", "kind", "parameters", "level", "residual", "certified", "where", "note", "fixed_set"}
+    keys = {"name", "group", "dim", "order", "kind", "parameters", "level", "residual", "certified", "where", "note", "fixed_set", "radius"}
     for s in again["symmetries"]:
         assert set(s) == keys
         assert s["certified"]

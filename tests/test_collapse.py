@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from known_answers import fresh
+from parasym.core.checkpoint import TensorFile
 from parasym.core.graph import Graph, trace
 from parasym.core.samples import flatten
 from parasym.measure.collapse import Thresholds, advice, collapse, find_layers, independent_units, nearest, weight_collapse
 from parasym.measure.neurons import independent_neurons, neuron_vectors
+from parasym.measure.slices import owners
 from parasym.symmetry.dictionary import Copies, Entry, Term
 from parasym.symmetry.dictionary import Place as Where
 from parasym.symmetry.places import places_of
@@ -408,6 +412,9 @@ def test_rank_of_a_product_of_factors() -> None:
     row = next(r for r in rows if r["kind"] == "rank")
     assert (row["count"], row["of"], row["parameters_lost"]) == (2, 5, 26) and row["removable"] and row["digits"] >= 12
     assert 1 < row["effective_rank"][0] <= 3
+    # a product cannot have a larger rank than the factors have rows or columns: that is no fault
+    wide = {"0.weight": torch.randn(5, 3, dtype=torch.float64), "1.weight": torch.randn(6, 5, dtype=torch.float64)}
+    assert not [r for r in weight_collapse(entry, wide.__getitem__) if r["kind"] == "rank"]
     # the same without any family: read off the index spaces
     assert next(r for r in rows_of(model, x) if r["kind"] == "rank")["count"] == 2
 
@@ -460,6 +467,190 @@ def test_weights_alone() -> None:
         assert one(rows, "dead", 5)["note"].startswith("zero units")
         assert all(r["digits"] is None and not r["removable"] for r in rows)
     assert set(asked) <= set(graph.params)
+
+
+def faulty_gpt() -> tuple[nn.Module, Tensor]:
+    """Two heads equal, three in one of their products, one that vanishes, one short of a direction; two equal units, one zero."""
+    model, tokens = gpt()
+    first, second = model.blocks
+    with torch.no_grad():
+        for at in (0, 16, 32):
+            second.qkv.weight[at + 8 : at + 12], second.qkv.bias[at + 8 : at + 12] = (
+                second.qkv.weight[at : at + 4],
+                second.qkv.bias[at : at + 4],
+            )
+        second.proj.weight[:, 8:12] = second.proj.weight[:, :4]
+        for at in (0, 16):
+            second.qkv.weight[at + 12 : at + 16], second.qkv.bias[at + 12 : at + 16] = (
+                second.qkv.weight[at : at + 4],
+                second.qkv.bias[at : at + 4],
+            )
+        first.proj.weight[:, 4:8] = 0
+        u = torch.ones(4, dtype=torch.float64) / 2
+        first.qkv.weight[12:16] -= u[:, None] * (u @ first.qkv.weight[12:16])
+        first.qkv.bias[12:16] -= u * (u @ first.qkv.bias[12:16])
+        first.up.weight[6], first.up.bias[6], first.down.weight[:, 6] = first.up.weight[5], first.up.bias[5], first.down.weight[:, 5]
+        for to, source, scale in ((12, 11, 1.001), (9, 9, 1e-4)):  # nearly equal, nearly zero
+            for p in (first.up.weight, first.up.bias, first.down.weight.T):
+                p[to] = scale * p[source]
+        model.wte.weight[3] = 0
+    return model, tokens
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 10**6])
+def test_a_streamed_file_gives_the_rows_of_the_weights_in_memory(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = faulty_gpt()
+    graph = trace(model, (tokens,))
+    spaces = find_spaces(graph)
+    whole = weight_collapse([], graph.params.__getitem__, spaces)
+    save_file({n: p.contiguous() for n, p in graph.params.items()}, str(tmp_path / "model.safetensors"))
+    for module in ("slices", "copies", "heads"):
+        monkeypatch.setattr(f"parasym.measure.{module}.CHUNK", chunk)
+    streamed = weight_collapse([], TensorFile(tmp_path / "model.safetensors").rows, spaces)
+    assert [{**r, "distance": None, "effective_rank": None} for r in streamed] == [
+        {**r, "distance": None, "effective_rank": None} for r in whole
+    ]
+    for a, b in zip(streamed, whole, strict=True):
+        assert a["distance"] == pytest.approx(b["distance"], rel=1e-6, abs=1e-7)
+    equal = [r for r in streamed if r["kind"] == "head" and "all their products" in r["note"]]
+    assert [(r["where"], r["units"]) for r in equal] == [("blocks.1", [2])]
+    partly = [r for r in streamed if r["kind"] == "head" and "other products do not" in r["note"]]
+    assert [(r["where"], r["units"]) for r in partly] == [("blocks.1.qkv", [3])]
+    assert one(streamed, "head", 1)["where"] == "blocks.0"
+    assert one(streamed, "rank", 3)["count"] == 1
+    assert one(streamed, "duplicate", 6)["where"] == "blocks.0.up"
+    assert one(streamed, "duplicate", 6)["units"] == [6, 12] and one(streamed, "duplicate", 6)["distance"][1] > 1e-4
+    assert one(streamed, "dead", 9)["where"] == "blocks.0.up" and one(streamed, "dead", 3)["where"] == "wte"
+    assert 1e-5 < one(streamed, "dead", 9)["distance"][0] < 1e-3
+
+
+def test_owners_are_the_columns_of_the_copies() -> None:
+    outer, cross = {"b": torch.tensor([0, 1, 2, 0, 1, 2])}, {"a": torch.tensor([0, 0, 1, 1, 1])}
+    place = Where("A", 1, (), torch.arange(6)[None], outer, 6, cross)
+    for local in ((("a", 2), ("b", 3)), (("b", 3), ("a", 2)), (("b", 3),), (("a", 2),)):
+        across, down = owners(Copies(local), place) or pytest.fail("the copies are told apart")
+        matrix = Copies(local).columns(place)
+        assert matrix is not None and torch.equal((down[:, None] + across).expand(5, 6), matrix.expand(5, 6))
+    assert owners(Copies((("c", 2),)), place) is None
+
+
+def batched_and_joined(A: Tensor, B: Tensor) -> list[tuple[dict[str, Tensor], Entry]]:
+    """Heads A (c, n, a), B (c, b, n) as tensors of rank three, where the head is an axis of its own, and side by side on one axis."""
+    (heads, n, a), b = A.shape, B.shape[1]
+    copies = Copies((("h", heads),))
+
+    def cross(rest: int) -> dict[str, Tensor]:
+        return {"h": torch.arange(heads).repeat_interleave(rest)}
+
+    rows = torch.arange(n)[:, None]
+    apart = (Where("A", 1, (), rows, {}, n, cross(a)), Where("B", 2, (), rows, {}, n, cross(b)))
+    every, head = rows + n * torch.arange(heads), {"h": torch.arange(heads)}
+    joined = (Where("A", 0, (), every, head, heads * n), Where("B", 1, (), every, head, heads * n))
+    return [
+        (params, Entry("gl", "n", n, copies, ((1.0, Term("mode", first)), (1.0, Term("dual", second)))))
+        for params, (first, second) in (
+            ({"A": A, "B": B}, apart),
+            ({"A": A.flatten(0, 1), "B": B.permute(1, 0, 2).flatten(1)}, joined),
+        )
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 10**6])
+def test_heads_on_an_axis_of_their_own(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(6, *shape, generator=noise, dtype=torch.float64) for shape in ((5, 7), (8, 5)))
+    turn = torch.randn(5, 5, generator=noise, dtype=torch.float64)
+    A[4], B[4] = turn @ A[1], B[1] @ torch.linalg.inv(turn)  # B A is nearly that of head 1, in another basis
+    A[4] += 1e-4 * torch.randn(5, 7, generator=noise, dtype=torch.float64)
+    P = B @ A
+    near = 2**0.5 * (P[4] - P[1]).norm() / (P[4].square().sum() + P[1].square().sum()).sqrt()
+    A[2] *= 1e-6
+    A[3, 0] = A[3, 1]
+    monkeypatch.setattr("parasym.measure.slices.CHUNK", chunk)
+    monkeypatch.setattr("parasym.measure.heads.CHUNK", chunk)
+    found = []
+    for params, entry in batched_and_joined(A, B):
+        rows = weight_collapse([entry], params.__getitem__)
+        assert one(rows, "head", 2)["units"] == [2] and one(rows, "head", 4)["units"] == [4]
+        assert one(rows, "rank", 3)["count"] == 1 and one(rows, "imbalance", 2)["units"] == [2]
+        assert one(rows, "head", 4)["distance"] == [pytest.approx(float(near), rel=1e-6)]
+        found.append([{k: v for k, v in r.items() if k not in ("distance", "effective_rank")} for r in rows])
+    assert len(found[0]) == 4 and found[0] == found[1]
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 10**6])
+def test_charges_of_scales_wherever_their_copies_lie(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(4, 3, k, generator=noise, dtype=torch.float64) for k in (5, 6))
+    A[2] *= 100
+    A[1, 2] *= 1000
+    monkeypatch.setattr("parasym.measure.slices.CHUNK", chunk)
+    w, v = A.square().sum(2), B.square().sum(2)
+    heads, both = Copies((("h", 4),)), Copies((("h", 4), ("u", 3)))
+    for copies, plus, minus, off in ((heads, w.sum(1), v.sum(1), [1, 2]), (both, w.flatten(), v.flatten(), [5, 6, 7, 8])):
+        terms = []
+        for weight, name, p in ((1.0, "A", A), (-1.0, "B", B)):
+            cross = {"h": torch.arange(4).repeat_interleave(p.shape[2])}
+            terms.append((weight, Term("mode", Where(name, 1, (), torch.arange(3)[None], {"u": torch.arange(3)}, 3, cross))))
+        rows = weight_collapse([Entry("scale", "", 1, copies, tuple(terms))], {"A": A, "B": B}.__getitem__)
+        assert [(r["kind"], r["units"], r["of"]) for r in rows] == [("imbalance", off, len(plus))]
+        assert rows[0]["distance"] == pytest.approx(((plus - minus).abs() / (plus + minus))[off].tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("algebra", ["so", "so1"])
+def test_empty_directions_of_a_wide_stack(algebra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 64 a sketch answers where it can; it must not where one direction is empty, or nearly."""
+    n, noise = 80, torch.Generator().manual_seed(0)
+    params = {
+        "a": torch.randn(n, 300, generator=noise, dtype=torch.float64),
+        "b": torch.randn(200, n, generator=noise, dtype=torch.float64),
+    }
+    if algebra == "so1":  # what the all-ones direction holds is no fault
+        params = {"a": params["a"] - params["a"].mean(0), "b": params["b"] - params["b"].mean(1, keepdim=True)}
+    places = (Where(name, axis, (), torch.arange(n)[:, None], {}, n) for name, axis in (("a", 0), ("b", 1)))
+    entry = Entry(algebra, "a0", n, Copies(), tuple((1.0, Term("mode", p)) for p in places))  # type: ignore[arg-type]
+    v = torch.nn.functional.normalize(torch.randn(n, generator=noise, dtype=torch.float64), dim=0)
+    v = torch.nn.functional.normalize(v - v.mean(), dim=0)
+
+    def found(keep: float) -> list[dict[str, Any]]:
+        P = torch.eye(n, dtype=torch.float64) - (1 - keep) * torch.outer(v, v)
+        moved = {"a": P @ params["a"], "b": params["b"] @ P}
+        return weight_collapse([entry], moved.__getitem__)
+
+    for keep, directions in ((1.0, 0), (1e-4, 0), (1e-7, 1), (0.0, 1)):
+        rows = found(keep)
+        assert sum(r["count"] for r in rows) == directions, keep
+        assert all((r["kind"], r["of"]) == ("rank", n - (algebra == "so1")) for r in rows)
+    asked: list[int] = []
+    exact = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x: asked.append(1) or exact(x))  # type: ignore[func-returns-value]
+    assert not found(1.0) and not asked, "the sketch alone did not settle a healthy stack"
+    assert found(0.0) and asked
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "why"),
+    [
+        ("conv-grouped", {"2.weight"}, "groups"),
+        ("conv-depthwise", {"1.weight"}, "groups"),
+        ("moe-soft", {"w1", "w2"}, "einsum"),
+        ("weight-norm-tanh", {"0.parametrizations.weight.original1", "2.parametrizations.weight.original1"}, "computed from"),
+        ("gru", {"rnn.weight_ih_l0", "rnn.weight_hh_l0"}, "mixed"),
+        ("lstm", set(), ""),
+        ("swiglu", set(), ""),
+        ("encoder-layer", set(), ""),
+        ("hf-gpt2", set(), ""),
+    ],
+)
+def test_weights_that_are_passed_over_are_named(name: str, parameters: set[str], why: str) -> None:
+    model, args, _ = ZOO[name].build()
+    graph = trace(model, args)
+    for rows in (rows_of(model, *args), weight_collapse([], graph.params.__getitem__, find_spaces(graph))):
+        passed = [r for r in rows if r["kind"] == "not measured"]
+        assert {p for r in passed for p in r["parameters"]} == parameters
+        assert all(why in r["note"] and (r["count"], r["parameters_lost"], r["removable"]) == (0, 0, False) for r in passed)
+        json.dumps(rows, allow_nan=False)
+        assert not advice(passed)
 
 
 # -- numerics ------------------------------------------------------------------------------------------------------------------

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import sys
+import weakref
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from parasym.audit import audit_checkpoint
+from parasym.audit import Audit, audit_checkpoint
+from parasym.core.checkpoint import TensorFile
 from parasym.core.errors import CheckpointError
 from parasym.core.graph import trace
 from parasym.core.samples import flatten
+from parasym.measure.collapse import weight_collapse
+from parasym.symmetry import full
+from parasym.symmetry.discrete import Candidate
 from parasym.symmetry.full import FullSize, audit_full_size
 from parasym.symmetry.search import settle
 from parasym.symmetry.tangent import flat_of
@@ -116,6 +126,196 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         other = transformers.GPT2LMHeadModel(gpt2(3)[0].config).eval()
     with pytest.raises(CheckpointError, match=r"h\.2"):
         audit_checkpoint(other, (), kwargs, path)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------------------
+
+
+class Bottleneck(nn.Module):
+    """A layer whose in-weights are a product of two factors."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        sizes = (width, width // 4, 2 * width, width)
+        self.first, self.second, self.last = (nn.Linear(i, o, bias=False) for i, o in itertools.pairwise(sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(torch.tanh(self.second(self.first(nn.functional.rms_norm(x, x.shape[-1:], eps=1e-30)))))
+
+
+class Stack(nn.Module):
+    """A stream that rotates, read and written by many layers."""
+
+    def __init__(self, layers: int, width: int = 256) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(2 * width, width, bias=False), nn.Linear(width, 3, bias=False)
+        self.layers = nn.Sequential(*(Bottleneck(width) for _ in range(layers)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(self.enter(x))
+        return self.leave(nn.functional.rms_norm(x, x.shape[-1:], eps=1e-30))
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors alive, those that operators only read included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}
+        self.now, self.peak = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves((args, kwargs, out)):
+            if isinstance(t, Tensor):
+                self._see(t.untyped_storage())
+        return out
+
+    def _see(self, storage: Any) -> None:
+        key = storage._cdata
+        if key not in self.held:
+            self.held[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self.held.pop(key)
+
+
+def streamed_peak(layers: int, folder: Path, monkeypatch: pytest.MonkeyPatch, eager: bool = False) -> tuple[int, int, Audit]:
+    """Most bytes alive while the weights of a stack are measured, and the bytes of its checkpoint."""
+    alive = Alive()
+
+    def measured(entries: Any, read: Any, spaces: Any) -> Any:
+        with alive:
+            held = {n: read(n)[:].clone() for n in spaces.graph.params} if eager else {}
+            return weight_collapse(entries, held.__getitem__ if eager else read, spaces)
+
+    monkeypatch.setattr(sys.modules["parasym.audit"], "weight_collapse", measured)
+    for module in ("slices", "copies", "heads"):
+        monkeypatch.setattr(f"parasym.measure.{module}.CHUNK", 1 << 16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Stack(layers)
+    path = folder / f"{layers}.safetensors"
+    save_file({n: p.detach() for n, p in model.named_parameters()}, str(path))
+    found = audit_checkpoint(model.to("meta").eval(), (torch.randn(2, 512),), None, path)
+    return alive.peak, path.stat().st_size, found
+
+
+def test_memory_of_a_streamed_audit_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shallow, small, _ = streamed_peak(3, tmp_path, monkeypatch)
+    deep, large, found = streamed_peak(24, tmp_path, monkeypatch)
+    groups = {s.group for s in found.symmetries}
+    assert {"O(256)", "GL(64)", "S_512"} <= groups, groups  # one family that ties all tensors, and one of each layer
+    assert large > 6 * small > 0
+    assert deep - shallow < 0.03 * (large - small)  # positions of units, no weights
+    assert deep < large / 4
+    eager, large, _ = streamed_peak(24, tmp_path, monkeypatch, eager=True)
+    assert eager > large  # the meter sees a reader that holds all weights
+
+
+def test_rows_of_a_stored_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = {
+        "a": torch.arange(24.0).reshape(4, 3, 2).bfloat16(),
+        "b": torch.arange(5),
+        "none": torch.zeros(0, 3),
+        "one": torch.tensor(7.0),
+    }
+    save_file(tensors, str(path))
+    file = TensorFile(path)
+    for name, t in tensors.items():
+        if t.dim():
+            assert torch.equal(file.rows(name)[:], t) and file.rows(name)[:].dtype == t.dtype and file.rows(name).shape == t.shape
+    for index in (slice(1, 3), slice(2, 9), slice(3, 1), slice(0, 4, 2), torch.tensor([2, 3, 0, 0]), torch.tensor([], dtype=torch.long)):
+        assert torch.equal(file.rows("a")[index], tensors["a"][index])
+    rows = file.rows("a")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match="ends inside"):
+        rows[:]
+
+
+# -- certificates that can fail -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Still:
+    """An action that leaves everything where it is, under the name of another."""
+
+    of: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.of, name)
+
+    def act(self, params: Any, element: Tensor) -> dict[str, Tensor]:
+        return {n: params[n].clone() for n in self.of.act(params, element)}
+
+
+def plain() -> tuple[nn.Module, Tensor]:
+    """More parameters than are counted exactly."""
+    model = generic(nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3)))
+    return model, torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+
+
+def full_size(model: nn.Module, x: Tensor, streamed: bool) -> FullSize:
+    model = copy.deepcopy(model).to("meta") if streamed else model
+    graph = trace(model, (x,), values=not streamed)
+    batches = None if streamed else [flatten(graph, (x,), None)]
+    return audit_full_size(model, (x,), None, graph, batches, torch.Generator().manual_seed(0), lambda stage, fraction: None)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_action_that_does_nothing_is_not_certified(streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = {"R+^40": "linear", "S_40": "discrete", "S_30": "discrete", "Z2^30": "discrete"}
+    before = full_size(*plain(), streamed)
+    assert groups.keys() <= {s.group for s in before.symmetries} and not before.search.undecided
+    written, candidates, search, discrete = full.action_of, full.discrete_candidates, full.search, full.discrete_symmetries
+
+    def still(c: Candidate) -> Candidate:
+        return replace(c, action=Still(c.action), fallback=still(c.fallback) if c.fallback else None)  # type: ignore[arg-type]
+
+    def searched(*args: Any, **kwargs: Any) -> Any:
+        found = search(*args, **kwargs)
+        found.symmetries = [replace(s, action=Still(s.action)) for s in found.symmetries]
+        return found
+
+    def listed(*args: Any) -> Any:
+        found, *rest = discrete(*args)
+        return [replace(s, action=Still(s.action)) for s in found], *rest
+
+    if streamed:  # the twin's certificates stand for the model's
+        monkeypatch.setattr(full, "search", searched)
+        monkeypatch.setattr(full, "discrete_symmetries", listed)
+    else:
+        monkeypatch.setattr(full, "action_of", lambda entry, params: Still(written(entry, params)))
+        monkeypatch.setattr(full, "discrete_candidates", lambda graph: [still(c) for c in candidates(graph)])
+    after = full_size(*plain(), streamed)
+    assert not after.symmetries and not after.search.refuted
+    assert len(after.search.undecided) == len(before.symmetries)
+    assert all("less than 1e-4" in r["why"] for r in after.search.undecided)
+
+
+def test_an_exchange_of_units_that_are_all_equal_shows_nothing() -> None:
+    model, x = plain()
+    with torch.no_grad():
+        model[0].weight[:], model[0].bias[:], model[2].weight[:] = model[0].weight[0], model[0].bias[0], model[2].weight[:, :1]
+    found = full_size(model, x, False)
+    assert "S_40" not in {s.group for s in found.symmetries} and "S_30" in {s.group for s in found.symmetries}
+    assert [r["name"].partition(":")[0] for r in found.search.undecided] == ["exchange of 40 units"]
+
+
+def test_running_statistics_go_with_their_channels() -> None:
+    model = generic(nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 14, 3), nn.Flatten(), nn.Linear(56, 5)))
+    with torch.no_grad():
+        for name, b in model.named_buffers():
+            if b.is_floating_point():
+                b.copy_(0.5 + torch.rand(b.shape, generator=torch.Generator().manual_seed(len(name))))
+    found = full_size(model, torch.randn(6, 3, 6, 6, generator=torch.Generator().manual_seed(0)), False)
+    assert not found.search.refuted
+    s = next(s for s in found.symmetries if s.group == "S_12")
+    assert s.residual <= 1e-10 and "running statistics move with it" in s.note
 
 
 def test_the_name_is_callable_however_it_was_imported() -> None:

@@ -62,6 +62,16 @@ def test_the_page_says_what_the_audit_found(tmp_path: Path) -> None:
     assert "Open: 1 question could not be decided" in text
 
 
+def test_undecided_parameters_come_with_their_reason() -> None:
+    audit = audit_of_gpt(complete=False)
+    audit["reasons"] = [{"why": "no counterpart <in the twin>", "count": 400, "parameters": ["transformer.wte.weight"]}]
+    page = without_plotly(render_audit(audit))
+    assert "400 undecided" in page
+    assert "no counterpart &lt;in the twin&gt;" in page
+    del audit["reasons"]
+    assert "400 undecided</b>" not in without_plotly(render_audit(audit))
+
+
 def test_every_figure_has_its_numbers_as_a_table() -> None:
     page = without_plotly(render_audit(audit_of_gpt()))
     figures = re.findall(r'id="plot-(\w+)"', page)

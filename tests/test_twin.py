@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parasym.core.graph import trace
+from parasym.core.samples import draw
 from parasym.symmetry.spaces import find_spaces
-from parasym.symmetry.twin import Twin, TwinError, atom_map, difference, find_twin, make_twin
+from parasym.symmetry.twin import Twin, TwinError, atom_map, difference, find_twin, make_twin, spelled_out
 
 needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 
@@ -116,13 +117,61 @@ def test_grouped_queries_and_rotary_planes_survive() -> None:
 
 
 @needs_transformers
-@pytest.mark.parametrize("name", ["ViT", "ConvNext", "ResNet"])
+@pytest.mark.parametrize("name", ["ViT", "ConvNext", "ResNet", "RegNet", "Segformer", "Swin"])
 def test_a_configured_image_model_on_the_meta_device(name: str) -> None:
     model = hf(name, "ForImageClassification")
     twin = make_twin(model, (), {"pixel_values": torch.randn(2, 3, 224, 224)})
     check(twin)
     assert twin.data[0].shape[-1] <= 33
     assert set(twin.names) == {n for n, _ in model.named_parameters()}
+
+
+@needs_transformers
+def test_every_stage_counts_its_layers() -> None:
+    model = hf("ResNet", "ForImageClassification", depths=[2, 3, 2, 2])
+    twin = make_twin(model, (), {"pixel_values": torch.randn(2, 3, 224, 224)})
+    for stage, depth in enumerate([2, 3, 2, 2]):
+        for layer in range(depth):
+            assert twin.layer_of(f"resnet.encoder.stages.{stage}.layers.{layer}.layer.0.convolution.weight") == (stage, layer)
+
+
+@needs_transformers
+def test_every_unit_of_a_kinked_activation_is_seen_on_both_sides() -> None:
+    model = hf("ResNet", "ForImageClassification")
+    twin = make_twin(model, (), {"pixel_values": torch.randn(2, 3, 224, 224)})
+    graph, generator = twin.graph, torch.Generator().manual_seed(0)
+    relus = [n.all_input_nodes[0].name for n in graph.nodes if "relu" in str(n.target)]
+    batches = [draw(graph, twin.data, generator, wide=True) for _ in range(4)]
+    seen = zip(*(graph.replay(graph.params, graph.prepare(b), relus) for b in batches), strict=True)
+    shares = [(torch.cat(x) > 0).to(torch.float64).mean((0, 2, 3)) for x in seen]
+    assert len(shares) > 10
+    assert min(float(torch.minimum(s, 1 - s).min()) for s in shares) > 0.02
+
+
+@needs_transformers
+def test_a_configured_speech_model_on_the_meta_device() -> None:
+    model = hf("Whisper", "ForConditionalGeneration")
+    kwargs = {"input_features": torch.randn(2, 80, 3000), "decoder_input_ids": tokens()["input_ids"]}
+    twin = make_twin(model, (), kwargs)
+    check(twin)
+    assert set(twin.names) == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+@needs_transformers
+def test_fused_experts_are_spelled_out_and_put_back() -> None:
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = hf("Mixtral", "ForCausalLM", vocab_size=50, **small)
+    before = model.config._experts_implementation  # type: ignore[union-attr]
+    kwargs = {k: v % 50 for k, v in tokens().items()}
+    graph = trace(model, (), kwargs, values=False)
+    assert find_spaces(graph).unknown  # the control: what stands in the way
+    spelled = spelled_out(model, (), kwargs, graph)
+    assert not find_spaces(spelled).unknown
+    assert spelled.params.keys() == graph.params.keys()
+    assert model.config._experts_implementation == before  # type: ignore[union-attr]
+    dense = hf("GPT2", "LMHeadModel", n_layer=1)
+    plain = trace(dense, (), tokens(), values=False)
+    assert spelled_out(dense, (), tokens(), plain) is plain
 
 
 class Logits(nn.Module):

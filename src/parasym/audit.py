@@ -19,17 +19,17 @@ from parasym.core.errors import CheckpointError, InputError, ParasymError
 from parasym.core.functional import float_outputs, functional
 from parasym.core.graph import Graph, batch_statistics, trace
 from parasym.core.guards import check_deterministic, preserve, rng_state
-from parasym.core.samples import Batch, draw, flatten
-from parasym.measure.collapse import advice as advice_on
+from parasym.core.samples import flatten
+from parasym.measure.advice import advice as advice_on
 from parasym.measure.collapse import collapse as collapse_of
 from parasym.measure.collapse import weight_collapse
 from parasym.symmetry.discrete import discrete_symmetries
-from parasym.symmetry.full import audit_full_size
+from parasym.symmetry.full import EXACT_PARAMETERS, architecture, audit_full_size
 from parasym.symmetry.picture import picture
+from parasym.symmetry.rigid import at_rest
 from parasym.symmetry.search import Progress, Search, search
 from parasym.symmetry.symmetry import Level, Symmetry, SymmetrySet
 
-EXACT_PARAMETERS = 1500
 Completeness = Literal["auto", "exact", "none"]
 
 
@@ -72,6 +72,7 @@ class Audit:
     approximate: list[dict[str, Any]]
     classified: dict[str, int]
     graph: dict[str, Any] = field(repr=False)
+    reasons: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -85,6 +86,7 @@ class Audit:
             "approximate": self.approximate,
             "completeness": self.completeness.to_dict(),
             "classified": self.classified,
+            "reasons": self.reasons,
             "collapse": self.collapse,
             "advice": self.advice,
             "graph": self.graph,
@@ -172,7 +174,7 @@ def audit(
             free = sum(s.dim for s in found.symmetries)
             symmetries = found.symmetries
             count = Count(size, size - free, free, found.explained, False, f"dimensions written at full size; {found.method}", found.gap)
-            result, twin = found.search, found.twin
+            result, twin, rest = found.search, found.twin, found.rest
         else:
             level: Level = "train" if getattr(model, "training", False) and batch_statistics(graph) else "function"
             result = search(graph, batches, generator, grow=inputs is None, level=level, progress=tell)
@@ -182,6 +184,7 @@ def audit(
             count = Count(size, size - result.null.nullity, result.null.nullity, explained, True, method, result.null.gap)
             tell("discrete", 0.0)
             discrete, refuted, undecided = discrete_symmetries(graph, result.fresh, generator)
+            rest = at_rest(result, undecided)
             symmetries += discrete
             result.refuted += [{**r, "why": r["reason"]} for r in refuted]
             result.undecided += [{**r, "why": r["reason"], "dim": 0} for r in undecided]
@@ -201,6 +204,7 @@ def audit(
             "inputs": f"{len(result.batches)} batches" + ("" if inputs is None else ", as given"),
             "twin": twin,
         }
+        classes = SymmetrySet(tuple(symmetries), rest=rest)
         return Audit(
             described,
             symmetries,
@@ -210,8 +214,9 @@ def audit(
             result.refuted,
             result.undecided,
             result.approximate,
-            _classify(graph, symmetries, result),
+            classes.counts(),
             picture(graph, result.spaces, symmetries),
+            classes.reasons(),
         )
 
 
@@ -226,7 +231,8 @@ def audit_checkpoint(
     """Audit a safetensors checkpoint of any size without building its model in memory.
 
     The model lives on the meta device; its families and their certificates come from a small twin; weights are read from the
-    file one symmetry at a time, so the peak memory is that of the largest group of tied parameters.
+    file a few rows at a time. Peak memory is that of tracing (shapes, no weights), and of what is kept of one family at a time: a few
+    n^2 numbers for a stream of width n.
 
     Args:
         model: the network on the meta device (``with torch.device("meta"): ...``).
@@ -245,7 +251,7 @@ def audit_checkpoint(
         found = audit_full_size(model, args, kwargs, graph, None, generator, tell)
         entries = [e for e in found.search.entries if e is not None]
         tell("collapse", 0.0)
-        rows = weight_collapse(entries, lambda name: file.read(keys[name]), found.search.spaces)
+        rows = weight_collapse(entries, lambda name: file.rows(keys[name]), found.search.spaces)
     size, free = sum(p.numel() for p in graph.params.values()), sum(s.dim for s in found.symmetries)
     method = f"dimensions written at full size, certificates of the twin; {found.method}"
     count = Count(size, size - free, free, found.explained, False, method, found.gap)
@@ -259,11 +265,21 @@ def audit_checkpoint(
         "inputs": "none: weights streamed from the checkpoint",
         "twin": found.twin,
     }
-    classified = _classify(graph, found.symmetries, found.search)
     drawn = picture(graph, found.search.spaces, found.symmetries)
-    opened = found.search
+    whole = found.found
+    classified, reasons = whole.counts(), whole.reasons()
     return Audit(
-        described, found.symmetries, count, rows, advice_on(rows), opened.refuted, opened.undecided, opened.approximate, classified, drawn
+        described,
+        found.symmetries,
+        count,
+        rows,
+        advice_on(rows),
+        list(whole.refuted),
+        list(whole.undecided),
+        list(whole.approximate),
+        classified,
+        drawn,
+        reasons,
     )
 
 
@@ -296,40 +312,7 @@ def symmetries(
     with rng_state():
         _check(model, args, kwargs, values=False)
         model = functional(model, values=False).model if isinstance(model, nn.Module) else model
-        hollow = isinstance(model, nn.Module) and any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
-        graph = trace(model, args, kwargs, values=not hollow)
-        size = sum(p.numel() for p in graph.params.values())
-        if size > EXACT_PARAMETERS:
-            full = audit_full_size(model, args, kwargs, graph, None, generator, tell)
-            return SymmetrySet(
-                tuple(full.symmetries), tuple(full.search.refuted), tuple(full.search.undecided), tuple(full.search.approximate)
-            )
-        from parasym.symmetry.generic import generic_draw
-        from parasym.symmetry.spaces import find_spaces
-
-        batch = _concrete(graph, args, kwargs, generator)
-        for name, b in graph.buffers.items():
-            if b.device.type == "meta" and b.is_floating_point():  # statistics of a norm: any positive numbers
-                graph.buffers[name] = 0.5 + torch.rand(b.shape, generator=generator, dtype=torch.float64)
-        graph.params = generic_draw(graph, find_spaces(graph), batch)
-        found = search(graph, [batch], generator, progress=tell)
-        discrete, refuted, undecided = discrete_symmetries(graph, found.fresh, generator)
-        return SymmetrySet(
-            (*(s for s in found.symmetries if s.kind != "point"), *discrete),
-            (*found.refuted, *refuted),
-            (*found.undecided, *undecided),
-            tuple(found.approximate),
-        )
-
-
-def _concrete(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any] | None, generator: torch.Generator) -> Batch:
-    """The example batch, drawn where it lies on the meta device."""
-    leaves = [a for a in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(a, Tensor)]
-    if any(a.device.type == "meta" for a in leaves):
-        like = [torch.zeros(a.shape, dtype=torch.float64 if a.is_floating_point() else a.dtype) for a in leaves]
-        like = [torch.randn(a.shape, generator=generator, dtype=torch.float64) if a.is_floating_point() else a for a in like]
-        return draw(graph, like, generator)
-    return flatten(graph, args, kwargs)
+        return architecture(model, args, kwargs, generator, tell)
 
 
 def _check(model: Any, args: Any, kwargs: Any, values: bool = True) -> None:
@@ -464,15 +447,6 @@ def _loss_level(
     found = search(wrapped, base.batches, generator, grow=False, level="loss")
     known = {(s.name, s.parameters, s.dim) for s in base.symmetries}
     return [replace(s, level="loss") for s in found.symmetries if (s.name, s.parameters, s.dim) not in known]
-
-
-def _classify(graph: Graph, found: Sequence[Symmetry], result: Search) -> dict[str, int]:
-    """Numbers of parameters that some symmetry moves, that none moves, and that are undecided."""
-    moved = {p for s in found for p in s.parameters}
-    open_ = {p for r in result.undecided for p in r.get("parameters", ())} - moved
-    size = {n: p.numel() for n, p in graph.params.items()}
-    symmetric, undecided = sum(size[n] for n in moved if n in size), sum(size[n] for n in open_ if n in size)
-    return {"symmetric": symmetric, "rigid": sum(size.values()) - symmetric - undecided, "undecided": undecided}
 
 
 class _CallableModule(ModuleType):

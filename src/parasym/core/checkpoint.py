@@ -8,6 +8,7 @@ checked first, because ``torch.export.load`` itself trusts them.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -210,25 +212,61 @@ class TensorFile:
         with self.path.open("rb") as file:
             self._start = 8 + int.from_bytes(file.read(8), "little")
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in the file's dtype.
+    def rows(self, name: str) -> Stored:
+        """One tensor that stays in the file until rows of it are asked for.
 
         Raises:
-            CheckpointError: the file has become shorter since its header was checked, or the dtype is unknown to torch.
+            CheckpointError: the dtype is unknown to torch.
         """
         entry = self.header[name]
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise CheckpointError(f"{name} in {self.path} has dtype {entry['dtype']}, which torch cannot hold here.")
-        begin, end = entry["data_offsets"]
-        with self.path.open("rb") as file:
-            file.seek(self._start + begin)
-            data = bytearray(file.read(end - begin))
-        if len(data) != end - begin:
-            raise CheckpointError(f"{self.path} ends inside {name}. Fetch or save it again.")
+        return Stored(self.path, name, torch.Size(entry["shape"]), dtype, self._start + entry["data_offsets"][0])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file. Indexed along its first axis, by a slice or by a tensor of indices, it reads those rows and no others.
+
+    Attributes:
+        path, name: of the file and of the tensor.
+        shape, dtype: of the tensor.
+        start: byte of the file where its numbers begin.
+    """
+
+    path: Path
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    start: int
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        """The rows, in the file's dtype.
+
+        Raises:
+            CheckpointError: the file has become shorter since its header was checked.
+        """
+        if isinstance(index, slice):
+            wanted = range(*index.indices(self.shape[0]))
+            runs = [(wanted.start, wanted.stop)] if wanted.step == 1 else [(i, i + 1) for i in wanted]
+        else:
+            found = index.tolist()
+            breaks = [k for k in range(1, len(found)) if found[k] != found[k - 1] + 1]
+            runs = [(found[a], found[b - 1] + 1) for a, b in itertools.pairwise([0, *breaks, len(found)]) if a < b]
+        runs = [(a, b) for a, b in runs if a < b]
+        row, count = self.shape[1:].numel() * self.dtype.itemsize, sum(b - a for a, b in runs)
+        data = bytearray(count * row)
         if not data:
-            return torch.empty(entry["shape"], dtype=dtype)
-        return torch.frombuffer(data, dtype=dtype).reshape(entry["shape"])
+            return torch.empty(count, *self.shape[1:], dtype=self.dtype)
+        left = memoryview(data)
+        with self.path.open("rb") as file:
+            for a, b in runs:
+                file.seek(self.start + a * row)
+                if file.readinto(left[: (b - a) * row]) != (b - a) * row:
+                    raise CheckpointError(f"{self.path} ends inside {self.name}. Fetch or save it again.")
+                left = left[(b - a) * row :]
+        return torch.frombuffer(data, dtype=self.dtype).reshape(count, *self.shape[1:])
 
 
 _DTYPES = {

@@ -7,16 +7,23 @@ import importlib
 from parasym.gallery.contract import Entry
 
 FILES: dict[str, str] = {
+    "adaptive-gradient-distribution": "adaptive_gradient_distribution",
     "dcs-mirror-symmetry": "dcs_mirror_symmetry",
     "deep-gamblers": "deep_gamblers",
     "equivariance-toolbox": "equivariance_toolbox",
+    "finite-lr-noise": "finite_lr_noise",
     "gamblers-noisy-labels": "gamblers_noisy_labels",
     "label-smoothing": "label_smoothing",
     "laprop": "laprop",
     "law-of-balance": "law_of_balance",
+    "limiting-dynamics": "limiting_dynamics",
+    "minibatch-noise-strength": "minibatch_noise_strength",
     "neural-mechanics": "neural_mechanics",
     "noether-learning-dynamics": "noether_learning_dynamics",
     "noise-equilibrium": "noise_equilibrium",
+    "power-law-escape": "power_law_escape",
+    "probabilistic-stability": "probabilistic_stability",
+    "sgd-local-maxima": "sgd_local_maxima",
     "snake-activation": "snake_activation",
     "stochastic-collapse": "stochastic_collapse",
     "volumization": "volumization",

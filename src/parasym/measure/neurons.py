@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 from parasym.core.errors import InputError
+from parasym.core.graph import Graph
+from parasym.measure.copies import raw_blocks
+from parasym.measure.findings import Row, finding
+from parasym.measure.slices import CHUNK, Read
+from parasym.measure.units import find_layers
+from parasym.symmetry.spaces import Spaces
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,20 @@ def independent_neurons(vectors: Tensor, zero_tol: float = 0.1, dup_tol: float =
         raise InputError(f"expected finite neuron vectors of shape (width, d), got {tuple(vectors.shape)}; see neuron_vectors")
     rows = vectors.detach().double()
     size = rows.square().sum(1)
-    alive = size.sqrt() >= zero_tol * size.sqrt().max()
-    alive &= size > 0
-    close = _relative_distance(rows, size) < dup_tol
-    groups = _greedy(close, alive)
-    found = len({group for group in groups if group >= 0})
-    return IndependentNeurons(len(groups), int((~alive).sum()), groups, found, zero_tol, dup_tol)
+    alive = (size.sqrt() >= zero_tol * size.sqrt().max()) & (size > 0)
+    groups, leaders = torch.full((len(rows),), -1), list[int]()
+    step = max(1, CHUNK // len(rows))
+    for at in range(0, len(rows), step):  # a block of the matrix of distances at a time
+        total = size[at : at + step, None] + size[None, :]
+        close = 2 * (total - 2 * rows[at : at + step] @ rows.T) / total.clamp(min=1e-300) < dup_tol
+        for k in range(len(close)):
+            if not alive[at + k]:
+                continue
+            hit = close[k, leaders].nonzero() if leaders else torch.zeros(0)
+            groups[at + k] = leaders[int(hit[0])] if len(hit) else at + k
+            if not len(hit):
+                leaders.append(at + k)
+    return IndependentNeurons(len(rows), int((~alive).sum()), tuple(groups.tolist()), len(leaders), zero_tol, dup_tol)
 
 
 def spectral_entropy(weight: Tensor) -> Tensor:
@@ -112,26 +126,33 @@ def effective_rank(weight: Tensor) -> Tensor:
     return spectral_entropy(weight).exp()
 
 
-def _relative_distance(rows: Tensor, size: Tensor) -> Tensor:
-    squared = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return 2 * squared / (size[:, None] + size[None, :]).clamp_min(torch.finfo(torch.float64).tiny)
-
-
-def _greedy(close: Tensor, alive: Tensor) -> tuple[int, ...]:
-    groups, representatives = [-1] * len(alive), list[int]()
-    for index in alive.nonzero().flatten().tolist():
-        joined = next((leader for leader in representatives if bool(close[index, leader])), None)
-        if joined is None:
-            representatives.append(index)
-        groups[index] = index if joined is None else joined
-    return tuple(groups)
-
-
-def layer_independence(
-    layers: Mapping[str, tuple[Tensor, Tensor | None, Tensor]], zero_tol: float = 0.1, dup_tol: float = 0.1
+def independent_units(
+    graph: Graph, spaces: Spaces, read: Read, zero_tol: float = 0.1, dup_tol: float = 0.1
 ) -> dict[str, IndependentNeurons]:
-    """`independent_neurons` for each layer, given as name -> (incoming, bias or None, outgoing)."""
-    return {
-        name: independent_neurons(neuron_vectors(incoming, outgoing, bias), zero_tol, dup_tol)
-        for name, (incoming, bias, outgoing) in layers.items()
-    }
+    """How many units of each layer are independent, as stochastic-collapse R7 counts them.
+
+    Args:
+        graph, spaces: a traced graph and its index spaces.
+        read: name -> parameter.
+        zero_tol, dup_tol: as in :func:`independent_neurons`; conventions, so report a sweep.
+    """
+    out = {}
+    for layer in find_layers(graph, spaces):
+        blocks = raw_blocks(layer, read)
+        if blocks is not None and blocks.outside:
+            every = torch.arange(layer.size)
+            rows = torch.cat([b.rows(every) for b in (*blocks.inside, *blocks.outside)], 1)
+            out[layer.where] = independent_neurons(rows, zero_tol, dup_tol)
+    return out
+
+
+def r7_rows(found: Mapping[str, IndependentNeurons], tolerances: tuple[float, float]) -> list[Row]:
+    """Rows of :func:`independent_units`, for layers where not all are independent."""
+    rows = []
+    for where, r in found.items():
+        lost = [i for i, g in enumerate(r.groups) if g != i]
+        if lost:
+            note = f"stochastic-collapse R7: {r.independent} of {r.width} independent, {r.zeros} vanishing "
+            note += f"(zero_tol {tolerances[0]:g}, dup_tol {tolerances[1]:g}: conventions, report a sweep)"
+            rows.append(finding("duplicate", where, lost, r.width, None, 0, note, []))
+    return rows

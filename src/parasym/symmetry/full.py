@@ -6,15 +6,17 @@ twin's certificate where they are not. The count of null directions is the twin'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from parasym.core.graph import Graph
-from parasym.core.samples import Batch, draw
+from parasym.core.graph import Graph, trace
+from parasym.core.samples import Batch, draw, flatten
+from parasym.symmetry.blocks import ACROSS, by_blocks
 from parasym.symmetry.certify import ACCEPT, relative_change
 from parasym.symmetry.dictionary import DictionaryAction, EntriesAction, Entry
 from parasym.symmetry.discrete import Candidate, as_symmetry, discrete_candidates, discrete_symmetries
@@ -23,15 +25,18 @@ from parasym.symmetry.fixed import fixed_set_of
 from parasym.symmetry.generic import generic_draw
 from parasym.symmetry.naming import group_of, name_of, where_of
 from parasym.symmetry.readers import readers
+from parasym.symmetry.rigid import at_full_size, at_rest, nowhere
 from parasym.symmetry.search import Progress, Search, search, settle
 from parasym.symmetry.spaces import Spaces, find_spaces
-from parasym.symmetry.symmetry import Level, Symmetry
+from parasym.symmetry.symmetry import Classified, Level, Symmetry, SymmetrySet
 from parasym.symmetry.tangent import NullSpace, flat_of
-from parasym.symmetry.twin import Twin, find_twin
+from parasym.symmetry.twin import Twin, find_twin, spelled_out
 from parasym.symmetry.write import Writer, WritingError, action_of
 
+EXACT_PARAMETERS = 1500  # up to here a model is searched itself, beyond it its twin
 _DRAWS = 4
 _MOVED = 1e-4  # a certificate of a smaller relative move says nothing
+_STILL = "the elements tried move these weights by less than 1e-4, so outputs that stay the same show nothing"
 
 
 @dataclass
@@ -43,6 +48,7 @@ class FullSize:
         search: entries at full size, and what stayed open.
         rank, nullity, explained, gap: of the twin; None without one.
         method, twin: how, in words.
+        rest: each parameter where no certified symmetry moves it.
     """
 
     symmetries: list[Symmetry]
@@ -53,6 +59,13 @@ class FullSize:
     method: str
     twin: str | None
     gap: tuple[float, float] | None = None
+    rest: dict[str, Classified] = field(default_factory=dict)
+
+    @property
+    def found(self) -> SymmetrySet:
+        """Everything found, as one set."""
+        s = self.search
+        return SymmetrySet(tuple(self.symmetries), tuple(s.refuted), tuple(s.undecided), tuple(s.approximate), self.rest)
 
 
 def audit_full_size(
@@ -69,37 +82,109 @@ def audit_full_size(
     Args:
         batches: inputs of the full model for certificates; None: its weights are not at hand.
     """
-    spaces = find_spaces(graph)
+    spaces = find_spaces(spelled_out(model, args, kwargs, graph))
     empty = torch.zeros(0, 0, dtype=torch.float64)
     nothing = NullSpace(empty, torch.zeros(0, dtype=torch.float64), 0.0, 0)
     out = Search(graph, spaces, batches or [], batches or [], nothing, nothing)
     tell("twin", 0.0)
     twin = find_twin(model, tuple(args), dict(kwargs or {}))
     if twin is None:
-        why = (
-            "no small twin of this architecture could be made, so its symmetries were not searched: "
-            "audit it with completeness='exact' (slow), or its blocks one by one"
-        )
-        out.undecided.append({"name": "whole model", "why": why, "parameters": list(graph.params), "dim": 0})
-        return FullSize([], out, None, None, None, "not counted: no twin", None)
+        symmetries = _within_blocks(out, model, args, kwargs, batches, generator)
+        method = "not counted: no small twin of this architecture could be made, so each block was searched by itself"
+        return FullSize([*symmetries, *_dead(graph, symmetries)], out, None, None, None, method, None, rest=nowhere(graph, ACROSS))
     small = twin.graph
     level: Level = "train" if getattr(model, "training", False) else "function"
     found = _search_twin(small, twin.data, generator, level, tell)
     tell("writing", 0.0)
-    symmetries = _written(out, found, spaces, twin, batches, generator, level, tell)
+    symmetries = _written(out, found, spaces, twin, graph, batches, generator, level, tell)
     symmetries += _dead(graph, symmetries)
     tell("discrete", 0.0)
     discrete, refuted, undecided = discrete_symmetries(small, found.fresh, generator)
-    judge = Sampled.of(graph, batches[:1]) if batches else None
-    symmetries += _discrete(out, discrete, twin, graph, judge, generator)
+    symmetries += _discrete(out, discrete, twin, graph, batches, generator)
+    rest = at_full_size(spaces, twin.names, at_rest(found, undecided))
     out.refuted += found.refuted + [_why(r) for r in refuted]
     out.undecided += found.undecided + [_why(r) for r in undecided]
     out.approximate += found.approximate
     explained = found.explained / found.null.nullity if found.null.nullity else 1.0
     method = f"counted on a twin ({twin.how}): {found.null.nullity} null directions of {found.null.basis.shape[0]} parameters"
     return FullSize(
-        symmetries, out, found.null.basis.shape[0] - found.null.nullity, found.null.nullity, explained, method, twin.how, found.null.gap
+        symmetries,
+        out,
+        found.null.basis.shape[0] - found.null.nullity,
+        found.null.nullity,
+        explained,
+        method,
+        twin.how,
+        found.null.gap,
+        rest,
     )
+
+
+def architecture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, generator: torch.Generator, tell: Progress
+) -> SymmetrySet:
+    """The symmetries of an architecture, at parameters in general position; its weights are not read.
+
+    Args:
+        model: also on the meta device.
+    """
+    hollow = isinstance(model, nn.Module) and any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
+    graph = trace(model, args, kwargs, values=not hollow)
+    if sum(p.numel() for p in graph.params.values()) > EXACT_PARAMETERS:
+        return audit_full_size(model, args, kwargs, graph, None, generator, tell).found
+    batch = _concrete(graph, args, kwargs, generator)
+    for name, b in graph.buffers.items():
+        if b.device.type == "meta" and b.is_floating_point():  # statistics of a norm: any positive numbers
+            graph.buffers[name] = 0.5 + torch.rand(b.shape, generator=generator, dtype=torch.float64)
+    graph.params = generic_draw(graph, find_spaces(graph), batch)
+    found = search(graph, [batch], generator, progress=tell)
+    discrete, refuted, undecided = discrete_symmetries(graph, found.fresh, generator)
+    return SymmetrySet(
+        (*(s for s in found.symmetries if s.kind != "point"), *discrete),
+        (*found.refuted, *refuted),
+        (*found.undecided, *undecided),
+        tuple(found.approximate),
+        at_rest(found, undecided),
+    )
+
+
+def _concrete(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any] | None, generator: torch.Generator) -> Batch:
+    """The example batch, drawn where it lies on the meta device."""
+    leaves = [a for a in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(a, Tensor)]
+    if any(a.device.type == "meta" for a in leaves):
+        like = [torch.zeros(a.shape, dtype=torch.float64 if a.is_floating_point() else a.dtype) for a in leaves]
+        like = [torch.randn(a.shape, generator=generator, dtype=torch.float64) if a.is_floating_point() else a for a in like]
+        return draw(graph, like, generator)
+    return flatten(graph, args, kwargs)
+
+
+def _within_blocks(
+    out: Search,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    batches: list[Batch] | None,
+    generator: torch.Generator,
+) -> list[Symmetry]:
+    """Symmetries of the blocks of a model, certified on the whole model where its weights are at hand."""
+    found = by_blocks(model, args, kwargs, out.graph, lambda m, a, k: architecture(m, a, k, generator, lambda stage, fraction: None))
+    out.refuted += found.refuted
+    out.undecided += found.undecided
+    out.approximate += found.approximate
+    params = out.graph.params
+    judge = Sampled.of(out.graph, batches[:1]) if batches else None
+    before = judge.outputs(params) if judge else None
+    symmetries = []
+    for s in found:
+        residual = s.residual
+        if judge is not None and before is not None:
+            residual = relative_change(before, judge.outputs(s.act(params, s.random_element(generator, scale=0.3))))
+        if residual <= ACCEPT:
+            symmetries.append(replace(s, residual=residual))
+        else:
+            why = f"holds within its block, but a finite element changes the full model's outputs by {residual:.1e}"
+            out.refuted.append({"name": s.name, "why": why, "parameters": list(s.parameters)})
+    return symmetries
 
 
 def _search_twin(small: Graph, batch: Batch, generator: torch.Generator, level: Level, tell: Progress) -> Search:
@@ -131,17 +216,17 @@ def _written(
     found: Search,
     spaces: Spaces,
     twin: Twin,
+    graph: Graph,
     batches: list[Batch] | None,
     generator: torch.Generator,
     level: Level,
     tell: Progress,
 ) -> list[Symmetry]:
-    graph = spaces.graph
     constants = graph.prepare(batches[0]) if batches else {}
     writer = Writer(spaces, found.spaces, twin.names, twin.layer_of, constants)
     judge = Sampled.of(graph, batches[:1]) if batches else None
     before = judge.outputs(graph.params) if judge else None
-    near = readers(graph)
+    near = readers(spaces.graph)
     symmetries: list[Symmetry] = []
     for k, (s, entry) in enumerate(zip(found.symmetries, found.entries, strict=True)):
         tell("writing", k / max(1, len(found.symmetries)))
@@ -161,7 +246,13 @@ def _written(
             out.undecided.append({"name": s.name, "why": f"not written at full size: {error}", "parameters": [], "dim": s.dim})
             continue
         actions = [action_of(e, graph.params) for e in entries]
-        residual = s.residual if judge is None or before is None else _joint_residual(actions, judge, before, graph.params, generator)
+        if judge is None or before is None:
+            residual = s.residual if _acted(s.action, twin.graph.params, [_element(s.action.dim, entry.size, generator)]) else None
+        else:
+            residual = _joint_residual(actions, judge, before, graph.params, generator)
+        if residual is None:
+            out.undecided.append({"name": s.name, "why": _STILL, "parameters": [p for e in entries for p in e.parameters], "dim": s.dim})
+            continue
         if residual > ACCEPT:
             out.refuted.append(
                 {
@@ -197,16 +288,32 @@ def _written(
 
 def _joint_residual(
     actions: Sequence[DictionaryAction], judge: Sampled, before: Tensor, params: Mapping[str, Tensor], generator: torch.Generator
-) -> float:
-    """One finite element of every copy of a family at once, end to end on the full model; infinite where a copy hardly moved."""
+) -> float | None:
+    """One finite element of every copy of a family at once, end to end on the full model; None where a copy hardly moves."""
     moved = dict(params)
     for a in actions:
-        element = torch.randn(a.dim, generator=generator, dtype=torch.float64)
-        new = a.act(moved, 0.5 * element / max(1.0, float(a.entry.size) ** 0.5))
-        if max(float((new[n] - moved[n]).norm()) / (float(moved[n].norm()) + 1e-9) for n in new) < _MOVED:
-            return float("inf")
+        new = _acted(a, moved, [_element(a.dim, a.entry.size, generator)])
+        if new is None:
+            return None
         moved.update(new)
     return relative_change(before, judge.outputs(moved))
+
+
+def _element(dim: int, size: int, generator: torch.Generator) -> Tensor:
+    """Coordinates of a finite element; its matrix has about the norm 0.5 at any size."""
+    return 0.5 * torch.randn(dim, generator=generator, dtype=torch.float64) / max(1.0, float(size) ** 0.5)
+
+
+def _acted(action: Any, params: Mapping[str, Tensor], elements: Iterable[Tensor]) -> dict[str, Tensor] | None:
+    """What the first of some elements to move the weights makes of them.
+
+    None where none moves any tensor by 1e-4 of its norm: outputs that stay the same then show nothing.
+    """
+    for element in elements:
+        new: dict[str, Tensor] = action.act(params, element)
+        if any(float((new[n] - params[n]).norm()) >= _MOVED * (float(params[n].norm()) + 1e-9) for n in new):
+            return new
+    return None
 
 
 def _dim(action: DictionaryAction, entry: Entry, new: int) -> int:
@@ -249,25 +356,34 @@ def _dead(graph: Graph, found: Sequence[Symmetry]) -> list[Symmetry]:
 
 
 def _discrete(
-    out: Search, found: Sequence[Symmetry], twin: Twin, graph: Graph, judge: Sampled | None, generator: torch.Generator
+    out: Search, found: Sequence[Symmetry], twin: Twin, graph: Graph, batches: list[Batch] | None, generator: torch.Generator
 ) -> list[Symmetry]:
     """The full model's candidates whose counterpart on the twin is certified; all copies of one are tested at once."""
     certified = {_signature(s.action.key(), {}, twin.graph): s for s in found if hasattr(s.action, "key")}
     groups: dict[Any, list[Candidate]] = {}
-    for c in discrete_candidates(graph):
+    for c in discrete_candidates(out.spaces.graph):
         for option in (c, c.fallback):
             if option is not None and (signature := _signature(option.key, twin.names, graph)) in certified:
                 groups.setdefault(signature, []).append(option)
                 break
-    before = judge.outputs(graph.params) if judge else None
+    before = Sampled.of(graph, batches[:1]).outputs(graph.params) if batches else None
+    small = {**twin.graph.buffers, **twin.graph.params}
     symmetries = []
     for signature, candidates in groups.items():
-        residual, note = certified[signature].residual, "certificate of the twin"
-        if judge is not None and before is not None:
-            moved = dict(graph.params)
-            for c in candidates:
-                moved.update(c.action.act(moved, list(c.action.tests(generator))[-1]))
-            residual, note = relative_change(before, judge.outputs(moved)), "certified on the full model by a finite element"
+        residual, note, moving = certified[signature].residual, "certificate of the twin", list[Candidate]()
+        state = {**graph.buffers, **graph.params}
+        for c in candidates:
+            action: Any = c.action if before is not None else certified[signature].action
+            new = _acted(action, state if before is not None else small, reversed(list(action.tests(generator))))
+            if new is None:
+                out.undecided.append({"name": c.name, "why": _STILL, "parameters": list(c.parameters(graph)), "dim": 0})
+                continue
+            moving.append(c)
+            state |= new if before is not None else {}
+        if batches and before is not None:
+            turned = replace(graph, buffers={n: state[n] for n in graph.buffers})  # running statistics go with their channels
+            after = Sampled.of(turned, batches[:1]).outputs({n: state[n] for n in graph.params})
+            residual, note = relative_change(before, after), "certified on the full model by a finite element"
         if residual > ACCEPT:
             out.refuted.append(
                 {
@@ -277,7 +393,7 @@ def _discrete(
                 }
             )
             continue
-        for c in candidates:
+        for c in moving:
             s = as_symmetry(graph, c, residual)
             symmetries.append(replace(s, note="; ".join(x for x in (s.note, note) if x)))
     return symmetries

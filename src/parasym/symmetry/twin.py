@@ -15,9 +15,11 @@ import copy
 import inspect
 import itertools
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -28,14 +30,17 @@ from torch.fx import Node
 from parasym.core.errors import ParasymError
 from parasym.core.graph import Graph, _export, _from_program, trace
 from parasym.core.guards import preserve, rng_state
-from parasym.core.samples import flatten, token_ranges
-from parasym.symmetry.generic import generic_draw
+from parasym.core.samples import draw, flatten, token_ranges
+from parasym.symmetry.generic import _units, generic_draw
 from parasym.symmetry.shrink import Layers, draw_inputs, resized, truncate
 from parasym.symmetry.spaces import Spaces, find_spaces, live_nodes
 
 log = logging.getLogger("parasym")
-_BATCH = 7
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_BATCH, _IMAGES = 7, 29  # samples; an image often gives two or three numbers only
 _LENGTH = 5
+_AWAKE_STEPS, _AWAKE_SAMPLES, _SIDE = 150, 40, 0.2
+_PLAIN_EXPERTS = "batched_mm"
 _TRACES = 6  # candidates that are traced before giving up
 
 
@@ -108,6 +113,34 @@ def make_twin(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, A
                 return found
             reasons.append(found)
     raise TwinError(". ".join(r for r in reasons if r))
+
+
+@contextmanager
+def _plain_experts(model: nn.Module) -> Iterator[None]:
+    """Experts computed by operators that have index rules, for as long as the context lasts."""
+    held: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs = {id(c): c for c in held if hasattr(c, "_experts_implementation")}
+    before = {i: c._experts_implementation for i, c in configs.items()}
+    try:
+        for c in configs.values():
+            c._experts_implementation = _PLAIN_EXPERTS
+        yield
+    finally:
+        for i, c in configs.items():
+            c._experts_implementation = before[i]
+
+
+def spelled_out(model: object, args: Sequence[Any], kwargs: Mapping[str, Any] | None, graph: Graph) -> Graph:
+    """The graph with fused kernels of experts spelled out, for its index spaces; the graph itself where there are none.
+
+    It gathers the weights of an expert for every token: good for reading, too large to be run.
+    """
+    fused = any("grouped_mm" in str(n.target) for n in graph.nodes)
+    if not fused or not isinstance(model, nn.Module):
+        return graph
+    with _plain_experts(model):
+        spelled = trace(model, tuple(args), kwargs, values=False)
+    return replace(spelled, params=graph.params) if spelled.params.keys() == graph.params.keys() else graph
 
 
 # -- the same architecture? ----------------------------------------------------------------------------------------------------
@@ -237,7 +270,7 @@ _LAYERS = (
 _WIDTH = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "word_embed_proj_dim", "embedding_size")
 _INNER = (
     "intermediate_size", "n_inner", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "hidden_dim", "d_inner",
-    "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size", "decoder_hidden_size",
 )  # fmt: skip
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
@@ -249,7 +282,8 @@ _DROP = (
     "transformers_version", "_name_or_path", "_commit_hash",
 )  # fmt: skip
 _TYPES = ("layer_types", "attention_layers")
-_TRUNCATING = (*_LAYERS, *_TYPES, "attention_types", "first_k_dense_replace", "num_stages")
+_TRUNCATING = (*_LAYERS, *_TYPES, "attention_types", "first_k_dense_replace", "num_stages", "num_encoder_blocks")
+_FEW = {"num_attention_heads": 2, "num_heads": 2, "sr_ratios": 2, "patch_sizes": 3, "strides": 2, "mlp_ratios": 2}  # most, for each stage
 
 
 @dataclass(frozen=True)
@@ -316,9 +350,23 @@ class _Maker:
 
     def candidates(self) -> Iterator[_Sizes]:
         """Choices of sizes, the richest first."""
-        staged = isinstance(self.full.get("hidden_sizes"), (list, tuple)) and isinstance(self.full.get("depths"), (list, tuple))
         for padding in (False, True):
-            yield from self._staged(padding) if staged else self._plain(padding)
+            yield from self._staged(padding) if self.staged else self._plain(padding)
+
+    @property
+    def staged(self) -> int:
+        """How many stages of layers, each with a width of its own; 0 for a model without."""
+        widths = isinstance(self.full.get("hidden_sizes"), (list, tuple)) or self.doubling
+        return len(self.full["depths"]) if widths and isinstance(self.full.get("depths"), (list, tuple)) else 0
+
+    @property
+    def doubling(self) -> bool:
+        """Whether the width is given for the first stage and doubles in each that follows."""
+        return isinstance(self.full.get("embed_dim"), int) and "hidden_sizes" not in self.full and "window_size" in self.full
+
+    def _kept(self, n: int) -> list[int]:
+        """The stages of the model that a twin with ``n`` stages has: the first ones, and the last."""
+        return [*range(n - 1), self.staged - 1]
 
     def _plain(self, padding: bool) -> Iterator[_Sizes]:
         heads = self._first(_HEADS)
@@ -334,8 +382,14 @@ class _Maker:
                     yield _Sizes(layers, few, d, width, width + 1, turned, extra, keep_padding=padding)
 
     def _staged(self, padding: bool) -> Iterator[_Sizes]:
-        count = len(self.full["hidden_sizes"])
-        bases = ((4, 5, 6, 7), (3, 4, 5, 6), (2, 3, 4, 5), (8, 12, 16, 20), (16, 24, 32, 40))
+        count = self.staged
+        bases: tuple[tuple[int, ...], ...] = ((4, 5, 6, 7), (3, 4, 5, 6), (2, 3, 4, 5), (8, 12, 16, 20), (16, 24, 32, 40))
+        if self.doubling:
+            bases = ((4, 8, 16, 32),)
+        elif isinstance(self.full.get("groups_width"), int):
+            bases = ((6, 8, 10, 12),)
+        elif isinstance(self.full.get("num_attention_heads"), (list, tuple)):
+            bases = ((3, 4, 6, 8), (4, 6, 8, 10))
         for stages, layers, base in itertools.product(dict.fromkeys((min(count, 3), min(count, 2))), (2, 1), bases):
             yield _Sizes(layers, 2, 2, base[0], base[-1] + 2, 0, 0, tuple(base[:stages]), padding)
 
@@ -371,7 +425,9 @@ class _Maker:
         if sizes.heads == 4 and "head_dim" not in new and sizes.width != sizes.heads * sizes.head_dim:
             new["head_dim"] = sizes.head_dim
         if sizes.stages:
-            new |= self._stage_fields(sizes)
+            new = {n: v for n, v in new.items() if n not in _LAYERS} | self._stage_fields(sizes)
+            if self.doubling:
+                new.pop("hidden_size", None)
         new |= {n: 0.0 for n, v in self.full.items() if isinstance(v, float) and re.search("drop", n)}
         return new
 
@@ -425,8 +481,7 @@ class _Maker:
             new["patch_size"] = min(patch, 2)
             if isinstance(image, int):
                 new["image_size"] = 2 * new["patch_size"]
-        if isinstance(self.full.get("num_channels"), int):
-            new["num_channels"] = min(self.full["num_channels"], 2)
+        new |= {n: min(self.full[n], most) for n, most in (("num_channels", 2), ("num_mel_bins", 3)) if isinstance(self.full.get(n), int)}
         return new
 
     def _rotary_fields(self, sizes: _Sizes) -> dict[str, Any]:
@@ -445,25 +500,32 @@ class _Maker:
         return new
 
     def _stage_fields(self, sizes: _Sizes) -> dict[str, Any]:
-        """Lists with one entry for each stage; a repeated width stays repeated."""
-        count = len(self.full["hidden_sizes"])
+        """Lists with one entry for each stage."""
+        kept = self._kept(len(sizes.stages))
         new: dict[str, Any] = {}
         for n, v in self.full.items():
-            if isinstance(v, (list, tuple)) and len(v) == count and n not in _DROP:
-                new[n] = list(v)[: len(sizes.stages)]
+            if isinstance(v, (list, tuple)) and len(v) == self.staged and n not in _DROP:
+                new[n] = [min(v[i], _FEW.get(n, v[i])) for i in kept]
+        new["depths"] = [min(sizes.layers, self.full["depths"][i]) for i in kept]
+        new |= {n: len(kept) for n in ("num_stages", "num_encoder_blocks") if n in self.full}
+        if self.doubling:
+            new |= {"embed_dim": sizes.stages[0], "window_size": min(2, self.full["window_size"]), "mlp_ratio": 1.25}
+            new["image_size"] = new.get("patch_size", 2) * 2 ** (len(kept) + 1)
+            return new
         new["hidden_sizes"] = list(sizes.stages)
-        new["depths"] = [min(sizes.layers, d) for d in self.full["depths"][: len(sizes.stages)]]
-        if "num_stages" in self.full:
-            new["num_stages"] = len(sizes.stages)
+        grouped = isinstance(self.full.get("groups_width"), int)
+        if grouped:
+            new["groups_width"] = 2
         stem = self.full.get("embedding_size")
         if isinstance(stem, int):
-            new["embedding_size"] = (
-                sizes.stages[0] if stem == self.full["hidden_sizes"][0] else max(2, sizes.stages[0] - 1 if sizes.stages[0] < 8 else 3)
-            )
+            other = sizes.stages[0] + 1 if grouped else max(2, sizes.stages[0] - 1 if sizes.stages[0] < 8 else 3)
+            new["embedding_size"] = sizes.stages[0] if stem == self.full["hidden_sizes"][0] else other
         return new
 
     def _build(self, fields: Mapping[str, Any], device: str) -> nn.Module:
         values = {k: v for k, v in self.full.items() if k not in _DROP} | dict(fields)
+        if self.doubling:  # both follow from the first width and the depths
+            values = {k: v for k, v in values.items() if k not in ("hidden_size", "num_layers", "num_hidden_layers")}
         if "layer_types" in values and "layer_types" not in fields:
             values.pop("layer_types")
         config = type(self.config)(**values)
@@ -472,7 +534,7 @@ class _Maker:
                 setattr(config, name, value)
         config._attn_implementation = "eager"
         if hasattr(config, "_experts_implementation"):
-            config._experts_implementation = "batched_mm"
+            config._experts_implementation = _PLAIN_EXPERTS
         config.use_cache = False
         options = {"add_pooling_layer": getattr(self.inner, "pooler", None) is not None} if self.pooled else {}
         with torch.device(device):
@@ -533,7 +595,7 @@ class _Maker:
         keep = {k: v for k, v in fields.items() if k in _TRUNCATING or k.endswith("_token_id") or "drop" in k}
         if sizes.stages:
             keep |= {
-                k: list(self.full[k])[: len(v)]
+                k: [self.full[k][i] for i in self._kept(len(sizes.stages))]
                 for k, v in fields.items()
                 if isinstance(v, list) and isinstance(self.full.get(k), (list, tuple)) and k not in _TRUNCATING
             }
@@ -556,7 +618,7 @@ class _Maker:
         """Inputs small enough to be quick and big enough that every kernel meets data."""
         last: Exception | None = None
         for side in self._sides(fields, full):
-            args, kwargs = _small_inputs(small, self.path, self.args, self.kwargs, fields, side)
+            args, kwargs = _small_inputs(small, self.path, self.args, self.kwargs, fields, self.full, side)
             try:
                 graph = trace(small, args, kwargs)
             except ParasymError as error:
@@ -580,7 +642,7 @@ class _Maker:
         given = int(image[0].shape[-1])
         least = min((n.meta["val"].shape[-1] for n in full.nodes if _is_image(n)), default=given)
         step = max(1, round(given / max(1, least)))
-        return list(dict.fromkeys(min(given, s) for s in (2 * step + 1, 4 * step, 8 * step, given)))
+        return list(dict.fromkeys(min(given, s) for s in (*(17, 33)[: 2 * (step > 8)], 2 * step + 1, 4 * step, 8 * step, given)))
 
     def _how(self, fields: Mapping[str, Any], graph: Graph, repeats: Mapping[str, tuple[int, int]]) -> str:
         shown = []
@@ -627,12 +689,19 @@ def _to_meta(t: Tensor) -> Tensor:
 
 
 def _small_inputs(
-    small: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], fields: Mapping[str, Any], side: int | None
+    small: nn.Module,
+    path: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    given: Mapping[str, Any],
+    side: int | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs of the same kind as the given ones at small sizes."""
     names = list(inspect.signature(small.forward).parameters)
     generator = torch.Generator().manual_seed(1)
     config: Any = small.get_submodule(path).config
+    full_length = given.get("max_source_positions", 0)
     tokens = max(
         (
             t.shape[1]
@@ -646,7 +715,11 @@ def _small_inputs(
         if not isinstance(t, Tensor):
             return t
         if t.dim() == 4 and t.is_floating_point() and side is not None:
-            return torch.randn(_BATCH, getattr(config, "num_channels", t.shape[1]), side, side, generator=generator, dtype=torch.float64)
+            return torch.randn(_IMAGES, getattr(config, "num_channels", t.shape[1]), side, side, generator=generator, dtype=torch.float64)
+        if t.dim() == 3 and t.is_floating_point() and "num_mel_bins" in fields:
+            frames = t.shape[2] // full_length if full_length else 1  # the stem halves the length of a spectrogram
+            spectrogram = (_BATCH, fields["num_mel_bins"], frames * fields["max_source_positions"])
+            return torch.randn(spectrogram, generator=generator, dtype=torch.float64)
         shape = [_BATCH if i == 0 else min(_LENGTH, s) if s == tokens else s for i, s in enumerate(t.shape)]
         if t.dim() == 3 and t.is_floating_point() and "embeds" in name:
             shape[2] = fields.get(next((n for n in _WIDTH if n in fields), ""), shape[2])
@@ -689,7 +762,8 @@ def _freeze_like(model: nn.Module, small: nn.Module, names: Mapping[str, str]) -
 def _generic(graph: Graph, data: Sequence[Tensor], model: nn.Module | None) -> str | None:
     """Parameters in general position, in the graph and in the module it came from; or why it does not run."""
     try:
-        graph.params.update(generic_draw(graph, find_spaces(graph), data))
+        spaces = find_spaces(graph)
+        graph.params.update(_awake(graph, spaces, generic_draw(graph, spaces, data), data))
         out = graph(graph.params, data)
     except (RuntimeError, IndexError, ValueError) as error:
         return f"it does not run: {_line(error)}"
@@ -699,6 +773,41 @@ def _generic(graph: Graph, data: Sequence[Tensor], model: nn.Module | None) -> s
                 if name in graph.params:
                     p.copy_(graph.params[name])
     return None if bool(torch.isfinite(out).all()) else "its outputs are not finite"
+
+
+def _awake(graph: Graph, spaces: Spaces, params: dict[str, Tensor], data: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The same parameters with offsets moved until every unit of a kinked activation is seen on both sides of its threshold.
+
+    A unit that no sample reaches, or that all do, has symmetries of its own, which say nothing about the architecture. Gradient
+    steps on the vectors go on until a share of the samples lies on either side for every unit.
+    """
+    units = _units(graph, spaces)
+    vectors = [n for n, p in params.items() if p.dim() == 1]
+    if not units or not vectors:
+        return params
+    generator = torch.Generator().manual_seed(6)
+    more = max(2, _AWAKE_SAMPLES // max(1, data[0].shape[0] if data[0].dim() else 1))
+    envs = [graph.prepare(b) for b in (list(data), *(draw(graph, list(data), generator, wide=True) for _ in range(more)))]
+    moved = {n: p.clone().requires_grad_(n in vectors) for n, p in params.items()}
+    optimizer = torch.optim.Adam([moved[n] for n in vectors], lr=0.03)
+    for _ in range(_AWAKE_STEPS):
+        seen = zip(*(graph.replay(moved, env, list(units)) for env in envs), strict=True)
+        far = [_one_sided(torch.cat(found), free) for found, free in zip(seen, units.values(), strict=True)]
+        loss = torch.cat(far).square().sum()
+        if not bool(loss > 0) or not loss.requires_grad:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {n: p.detach() for n, p in moved.items()}
+
+
+def _one_sided(x: Tensor, free: Sequence[int]) -> Tensor:
+    """How far each unit is from being seen on both sides of zero by a share of the samples, in quartile distances."""
+    kept = [i for i in range(x.dim()) if i not in free]
+    each = x.permute(*kept, *free).reshape(math.prod(x.shape[i] for i in kept), -1).sort(1).values
+    low, high = each[:, int(_SIDE * each.shape[1])], each[:, -1 - int(_SIDE * each.shape[1])]
+    return (low.clamp(min=0) + (-high).clamp(min=0)) / (high - low).detach().clamp(min=1e-12)
 
 
 # -- from the operator graph ---------------------------------------------------------------------------------------------------
@@ -832,6 +941,7 @@ def match(full: nn.Module, small: nn.Module, types: tuple[list[str], list[str]] 
     """
     out = Matched()
     _match(full, small, "", "", out, types)
+    _note_alike(full, out)
     given, there = dict(full.named_parameters(remove_duplicate=False)), dict(small.named_parameters(remove_duplicate=False))
     for name, p in given.items():
         q = there.get(out.names.get(name, ""))
@@ -866,6 +976,14 @@ def _match(full: nn.Module, small: nn.Module, at: str, to: str, out: Matched, ty
                 continue
             raise TwinError(f"{at}{name} has no counterpart of its kind")
         _match(child, others[other], f"{at}{name}.", f"{to}{other}.", out, types)
+
+
+def _note_alike(full: nn.Module, out: Matched) -> None:
+    """What holds layers in one stage holds layers in all, also in those of the twin's depth."""
+    noted = {_NUMBER.sub("*", path) for path in out.repeats}
+    for path, module in full.named_modules():
+        if path and path not in out.repeats and isinstance(module, (nn.ModuleList, nn.Sequential)) and _NUMBER.sub("*", path) in noted:
+            out.repeats[path] = (len(module), len(module))
 
 
 def _repeated(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -49,7 +50,8 @@ class Writer:
         """All counterparts of an entry.
 
         One for each layer where it lives in one layer; one for each pair of neighbours where it joins different parts of two;
-        a single one where it runs through all layers alike, or joins a layer with what stands before or after them all.
+        a single one where it joins a layer with what stands before or after them all; else one for each index space that occurs
+        at the same places as the twin's (a stream through all layers is one space, one through the layers of a stage is many).
         """
         involved = _involved(entry)
         missing = [p for p in involved if p not in self.preimages]
@@ -73,7 +75,41 @@ class Writer:
                 self._entry(entry, {p: self._at(p, lower if self._twin_layer(p) == inner[0] else upper) for p in involved})
                 for lower, upper in pairs
             ]
-        return [self._entry(entry, {p: self.preimages[p] for p in involved})]
+        return self._by_space(entry, involved)
+
+    def _by_space(self, entry: Entry, involved: Sequence[str]) -> list[Entry]:
+        """One entry for each index space of the full model that occurs at the same kinds of places as the twin's."""
+        whole = {p: self.preimages[p] for p in involved}
+        number = int(entry.space[1:]) if entry.space[1:].isdigit() else -1
+        met = {self._atoms({p: [f]}).get(entry.space) for p in involved for f in whole[p]}
+        if number < 0 or len(met) == 1:
+            return [self._entry(entry, whole)]
+        terms: dict[tuple[str, int, tuple[int, ...], str], tuple[float, Term]] = {}
+        for weight, term in entry.terms:
+            key = (self._twin_base(term.place.parameter), term.place.axis, term.place.branch, term.op)
+            if terms.setdefault(key, (weight, term))[0] != weight:
+                raise WritingError(f"{term.place.parameter} takes part in another way than in other layers")
+        alike = replace(entry, terms=tuple(terms.values()))
+        wanted = self._occurrences(self.twin, number, self._twin_base)
+        out = []
+        for atom in self.full.atoms:
+            if self._occurrences(self.full, atom.number, self._full_base) == wanted:
+                places = [(self._full_base(f), f) for f in atom.parameters if f in self.full.graph.params]
+                chosen = {p: [f for b, f in places if b == self._twin_base(p)] for p in _involved(alike)}
+                out.append(self._entry(alike, chosen, atom.number))
+        if not out:
+            raise WritingError("no index space of the full model occurs at the same places")
+        return out
+
+    def _occurrences(self, spaces: Spaces, atom: int, base: Callable[[str], str]) -> frozenset[tuple[str, int, int]]:
+        """Where an index space occurs, up to the numbers of layers."""
+        return frozenset((base(p.tensor), p.axis, p.slot) for p in spaces.atoms[atom].places if p.tensor in spaces.graph.params)
+
+    def _full_base(self, name: str) -> str:
+        return _base(name, self.layer_of(name))
+
+    def _twin_base(self, name: str) -> str:
+        return self._full_base(self.preimages[name][0]) if name in self.preimages else name
 
     def _many(self, layer: Layer) -> bool:
         """Whether the twin has other layers beside this one."""
@@ -97,18 +133,20 @@ class Writer:
         """The layer of a twin parameter: that of the first full parameter it stands for."""
         return min((self.layer_of(f) for f in self.preimages[name]), default=())
 
-    def _entry(self, entry: Entry, chosen: Mapping[str, Sequence[str]]) -> Entry:
-        atoms = self._atoms(chosen)
+    def _entry(self, entry: Entry, chosen: Mapping[str, Sequence[str]], on: int | None = None) -> Entry:
+        """The entry at the chosen parameters; with ``on``, only where that index space lies on the term's axis."""
+        atoms = self._atoms(chosen) | ({} if on is None else {entry.space: on})
         terms = []
         for weight, term in entry.terms:
             for f in chosen[term.place.parameter]:
-                terms.append((weight, self._term(term, f, entry.space, atoms, chosen)))
+                if on is None or any(on in b.atoms for b in self.full.blocks(f, term.place.axis)):
+                    terms.append((weight, self._term(term, f, entry.space, atoms, chosen)))
         local = []
         for name, _ in entry.copies.local:
-            number = atoms.get(name)
-            if number is None:
+            found = self._counterpart(name, atoms)
+            if found is None:
                 raise WritingError(f"index space {name} of the twin has no counterpart")
-            local.append((atom_name(number), self.full.atoms[number].size))
+            local.append(found)
         space, size = self._space(entry, atoms, terms)
         return Entry(entry.algebra, space, size, Copies(tuple(local)), tuple(terms))
 
@@ -126,9 +164,20 @@ class Writer:
                             out.setdefault(atom_name(x), y)
         return out
 
+    def _counterpart(self, space: str, atoms: Mapping[str, int]) -> tuple[str, int] | None:
+        """Name and size of an index space of the full model: of an atom, or of a product of atoms ("3x5")."""
+        if space in atoms:
+            return atom_name(atoms[space]), self.full.atoms[atoms[space]].size
+        numbers = [atoms.get(atom_name(int(part))) for part in space.split("x") if part.isdigit()]
+        known = [n for n in numbers if n is not None]
+        if "x" not in space or len(known) < len(space.split("x")):
+            return None
+        return "x".join(map(str, known)), math.prod(self.full.atoms[n].size for n in known)
+
     def _space(self, entry: Entry, atoms: Mapping[str, int], terms: Sequence[tuple[float, Term]]) -> tuple[str, int]:
-        if entry.space in atoms:
-            return atom_name(atoms[entry.space]), self.full.atoms[atoms[entry.space]].size
+        found = self._counterpart(entry.space, atoms)
+        if found is not None:
+            return found
         if entry.space.startswith("pair:"):
             number = atoms.get(atom_name(int(entry.space[5:])))
             return f"pair:{number}", 2

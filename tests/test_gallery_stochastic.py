@@ -1,0 +1,145 @@
+"""The seven stochastic papers of the gallery: contract, smoke presets, and checks that fail when the mechanism is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from parasym.gallery.contract import Entry, Result
+from parasym.gallery.probabilistic_stability import ExponentConfig, NetworkConfig, exponents, network
+from parasym.gallery.runner import run_entry, seeds_of
+
+FILES = (
+    "probabilistic_stability",
+    "sgd_local_maxima",
+    "minibatch_noise_strength",
+    "limiting_dynamics",
+    "finite_lr_noise",
+    "power_law_escape",
+    "adaptive_gradient_distribution",
+)
+
+
+def entry(file: str) -> Entry:
+    return importlib.import_module(f"parasym.gallery.{file}").ENTRY
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_entry_keeps_the_contract(file: str) -> None:
+    found = entry(file)
+    assert found.slug == file.replace("_", "-") and set(found.presets) == {"smoke", "default", "full"}
+    for preset in found.presets:
+        config = found.config(preset)
+        assert [f.name for f in fields(config)] == list(found.experiments)
+    for name in found.experiments:
+        cell = getattr(found.config("default"), name)
+        assert cell is not None
+        # anything drawn has at least three seeds; formula-only parts draw nothing that is averaged
+        if hasattr(cell, "replicas") or hasattr(cell, "walkers"):
+            assert len(cell.seeds) >= 3
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_smoke_preset_passes_and_survives_json(file: str) -> None:
+    found = entry(file)
+    result = run_entry(found, found.config("smoke"), preset="smoke")
+    assert result.passed, [(c.claim, c.predicted, c.measured, c.error) for c in result.checks if not c.passed]
+    assert {check.kind for check in result.checks} == {"match", "control"}
+    assert all(check.source.startswith(f"{found.slug} ") for check in result.checks)
+    again = Result.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
+    assert again.passed and len(again.checks) == len(result.checks)
+    for figure in result.figures:
+        figure.draw(figure.data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+def test_default_preset_passes(file: str) -> None:
+    if file == "power_law_escape":
+        pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra data)")
+    found = entry(file)
+    result = run_entry(found, found.config("default"), preset="default")
+    assert result.passed, [(c.claim, c.predicted, c.measured, c.error) for c in result.checks if not c.passed]
+    assert set(seeds_of(found.config("default")))
+
+
+def failed(part) -> set[str]:
+    return {check.source for check in part.checks if not check.passed}
+
+
+def test_a_wrong_exponent_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.solvable.factors import Normal
+
+    small = ExponentConfig(replicas=500, steps=500)
+    monkeypatch.setattr(Normal, "log_factor", lambda self, lr: -lr * self.mean - 0.45 * lr**2 * self.square + 0.01 * lr**3)
+    assert "probabilistic-stability A2" in failed(exponents(small))
+
+
+def test_a_net_that_should_die_and_does_not_is_caught() -> None:
+    lively = replace(NetworkConfig(), chi=(1.0, 0.5), replicas=300, steps=2000)
+    assert {"probabilistic-stability R6", "probabilistic-stability A3"} <= failed(network(lively))
+
+
+def test_a_wrong_stationary_law_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import finite_lr_noise as gallery
+
+    config = replace(gallery.SampleConfig(), settings=((1.2, 0.0),), replicas=2000, snapshots=3)
+    monkeypatch.setattr(gallery.theory, "stationary_covariance", lambda h, c, lr, mu=0.0: _continuous(gallery, h, c, lr, mu))
+    assert "finite-lr-noise A2" in failed(gallery.samples(config))
+
+
+def _continuous(gallery, h, c, lr, mu):
+    from parasym.core.results import Estimate
+
+    return Estimate(torch.from_numpy(gallery.theory.continuous_covariance(h, c, lr, mu)))
+
+
+def test_a_wrong_moment_of_the_step_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import adaptive_gradient_distribution as gallery
+
+    config = replace(gallery.MomentsConfig(), replicas=20_000, later=(), betas=(), means=())
+    bound = gallery.theory.uniform_moments
+    monkeypatch.setattr(gallery.theory, "uniform_moments", lambda t: bound(t + 1))
+    assert "adaptive-gradient-distribution A1" in failed(gallery.moments(config))
+
+
+def test_a_wrong_tail_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.core.results import Estimate
+    from parasym.gallery import minibatch_noise_strength as gallery
+
+    config = replace(gallery.TailConfig(), replicas=100_000, kept=250)
+    monkeypatch.setattr(gallery.theory, "kesten_index", lambda rate, batch: Estimate(gallery.theory.continuous_index(rate, batch)))
+    assert "minibatch-noise-strength A4" in failed(gallery.tails(config))
+
+
+def test_wrong_currents_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import limiting_dynamics as gallery
+
+    right = gallery.Underdamped.area_rate
+    monkeypatch.setattr(gallery.Underdamped, "area_rate", lambda self: right(self) * 2 / (1 + self.momentum))
+    part = gallery.stationary(replace(gallery.StationaryConfig(), replicas=8000, steps=400, seeds=(0, 1, 2)))
+    assert failed(part) == {"limiting-dynamics A4"}
+
+
+def test_a_wrong_escape_power_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import power_law_escape as gallery
+
+    monkeypatch.setattr(gallery.theory, "limiting_slope", lambda dim, t: 1 / t + 1)
+    assert "power-law-escape A2" in failed(gallery.formulas(replace(gallery.FormulaConfig(), wells=(1.0,))))
+
+
+def test_slow_escape_measures_the_rate_it_was_designed_for() -> None:
+    from parasym.gallery import sgd_local_maxima as gallery
+
+    part = gallery.slow(gallery.SlowConfig(replicas=200, steps=20_000))
+    matches = [check for check in part.checks if check.kind == "match"]
+    assert len(matches) == 4 and all(check.passed for check in matches)
+    # the four rates are told apart, so the check could fail
+    assert np.ptp([check.predicted[0] for check in matches]) > 10 * max(check.tolerance for check in matches)
+    assert not math.isclose(matches[0].predicted[0], matches[1].predicted[0])
