@@ -51,8 +51,16 @@ browser:  ## Chromium for the browser tests (Debian, as root); without it they a
 
 bench: $(STAMP)  ## growth of the audit, streaming, 1,000 random networks, and the parts beside their peers
 	$(BIN)/pip install -q --no-deps torch-pruning==1.6.1
-	for f in growth streaming audit random_nets pruning simulate "optim.py --compile" "snake.py --compile" curvature per_sample; do \
-	  case $$f in *.py*) set -- $$f;; *) set -- $$f.py;; esac; OMP_NUM_THREADS=1 $(BIN)/python bench/$$@ || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/python bench/growth.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/streaming.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/audit.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/random_nets.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/pruning.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/simulate.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/optim.py --compile
+	OMP_NUM_THREADS=1 $(BIN)/python bench/snake.py --compile
+	OMP_NUM_THREADS=1 $(BIN)/python bench/curvature.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/per_sample.py
 
 gallery: $(STAMP)  ## run the gallery and write its report to gallery-report/
 	OMP_NUM_THREADS=2 $(BIN)/parasym gallery report gallery-report

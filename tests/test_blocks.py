@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import parasym
 from judge import change
 from known_answers import fresh, generic_
 from parasym.core.graph import trace
+from parasym.symmetry import full
 from parasym.symmetry.blocks import ACROSS, by_blocks, record
 
 
@@ -109,3 +111,40 @@ def test_recording_leaves_the_model_alone(training: bool) -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert model.training == training
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_audit_falls_back_to_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights at hand each family of a block is certified on the whole model; nothing is called complete."""
+    with fresh(0):
+        model, x = generic_(Tower(width=8, hidden=40)).double().eval(), torch.randn(20, 3).double()
+    twins = full.find_twin
+    monkeypatch.setattr(full, "find_twin", lambda m, *rest: None if isinstance(m, Tower) else twins(m, *rest))
+    audit = parasym.audit(model, (x,))
+    assert audit.completeness.explained is None
+    assert "each block" in audit.completeness.method
+    assert sum(1 for s in audit.symmetries if s.group == "R+^40" and s.certified) == 3
+    assert all(s.residual <= 1e-10 for s in audit.symmetries)
+    assert any(u["why"] == ACROSS for u in audit.undecided)
+    assert audit.classified["rigid"] == 0
+    assert sum(audit.classified.values()) == sum(p.numel() for p in model.parameters())
+    false = Scaled.only(audit.symmetries[0])
+    monkeypatch.setattr(full, "by_blocks", lambda *rest: parasym.SymmetrySet((false,)))  # the whole model is the judge
+    refuted = parasym.audit(model, (x,))
+    assert refuted.symmetries == []
+    assert any("full model's outputs" in r["why"] for r in refuted.refuted)
+
+
+class Scaled:
+    """An action that is none: it doubles one weight."""
+
+    dim = 1
+
+    @classmethod
+    def only(cls, like: parasym.Symmetry) -> parasym.Symmetry:
+        return replace(like, action=cls(), parameters=("blocks.0.up.weight",), dim=1, name="false")
+
+    def act(self, params: dict[str, Tensor], element: Tensor) -> dict[str, Tensor]:
+        return {"blocks.0.up.weight": 2 * params["blocks.0.up.weight"]}
+
+    def generators(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"blocks.0.up.weight": params["blocks.0.up.weight"][None]}
