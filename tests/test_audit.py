@@ -22,7 +22,7 @@ from test_known_answers_oracle import trainable
 
 KEYS = {
     "schema", "parasym", "model", "symmetries", "refuted", "undecided", "approximate", "completeness", "classified", "collapse",
-    "advice", "graph",
+    "advice", "graph", "reasons",
 }  # fmt: skip
 needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 

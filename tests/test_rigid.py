@@ -107,7 +107,7 @@ def test_without_a_twin_nothing_is_called_rigid(monkeypatch: pytest.MonkeyPatch)
     model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
     found = classes(model, torch.randn(4, 64))
     assert {c.kind for c in found.values()} == {"undecided"}
-    assert "no small twin" in found["0.weight"].why
+    assert "no twin of the whole model" in found["0.weight"].why
 
 
 def test_the_audit_counts_the_same() -> None:

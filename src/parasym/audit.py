@@ -109,7 +109,9 @@ class Audit:
             lines.append(f"  {s.where:{min(width, 48)}}  {s.group:14} {s.dim:6}  {s.residual:.0e}  {s.name}")
         for title, rows in (("refuted", self.refuted), ("undecided", self.undecided), ("approximate", self.approximate)):
             lines += [f"  {title}: {r['name']} ({r['why']})" for r in rows[:20]]
-        lines += [f"  collapse: {r['where']}: {r['count']} of {r['of']} {r['kind']}" for r in self.collapse]
+        seen = [r for r in self.collapse if r["kind"] != "not measured"]
+        lines += [f"  collapse: {r['where']}: {r['count']} of {r['of']} {r['kind']}" for r in seen]
+        lines += [f"  collapse: {r['where']}: {r['note']}" for r in self.collapse if r["kind"] == "not measured"]
         lines += [f"  advice: {r['where']}: {r['what']}" for r in self.advice]
         return "\n".join(lines)
 

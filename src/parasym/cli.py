@@ -113,7 +113,7 @@ def audit(
         Completeness, typer.Option(help="Count the free directions: when affordable, always, or never.")
     ] = Completeness.auto,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Read a .safetensors TARGET one symmetry at a time, for files larger than memory.")
+        bool, typer.Option("--stream", help="Read a .safetensors TARGET a few rows at a time, for files larger than memory.")
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -266,11 +266,13 @@ def _show_audit(audit: Mapping[str, Any]) -> None:
     if classified:
         console.print("parameters: " + ", ".join(f"{count:,} {kind}" for kind, count in classified.items()))
 
-    if audit.get("collapse"):
+    collapse = [item for item in audit.get("collapse") or [] if item["kind"] != "not measured"]
+    passed_over = [{"name": item["where"], "why": item["note"]} for item in audit.get("collapse") or [] if item["kind"] == "not measured"]
+    if collapse:
         console.print()
         limit = 12
         table = _table("collapsed", "where", "units", "parameters lost", "", right={"parameters lost"})
-        for item in sorted(audit["collapse"], key=lambda item: -(item.get("parameters_lost") or 0))[:limit]:
+        for item in sorted(collapse, key=lambda item: -(item.get("parameters_lost") or 0))[:limit]:
             table.add_row(
                 Text(item["kind"], "bold"),
                 item["where"],
@@ -279,8 +281,9 @@ def _show_audit(audit: Mapping[str, Any]) -> None:
                 "; ".join(filter(None, [item.get("note"), "can be removed" if item.get("removable") else ""])),
             )
         console.print(table)
-        if len(audit["collapse"]) > limit:
-            console.print(Text(f"and {len(audit['collapse']) - limit} more (--json or --html lists them)", "dim"))
+        if len(collapse) > limit:
+            console.print(Text(f"and {len(collapse) - limit} more (--json or --html lists them)", "dim"))
+    _show_list(console, "Collapse not measured", passed_over, lambda item: "")
     for key, title, detail in (
         ("undecided", "Undecided", lambda item: f"{item.get('dim')} directions"),
         ("approximate", "Approximate", lambda item: f"ratio {words.number(item.get('ratio'))}"),

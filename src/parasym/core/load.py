@@ -9,7 +9,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -119,7 +119,7 @@ def load_on_meta(target: str, model: str | None) -> Loaded:
         raise CheckpointError(f"No such file: {target}.")
     try:
         with torch.device("meta"):
-            return load_target(model)
+            return replace(load_target(model), notes=())  # no weights are made, so none are random
     except NotImplementedError as error:
         raise InputError(
             f"{model} cannot be built without memory: {error}. It reads values while it is made; leave --stream out."

@@ -208,7 +208,7 @@ def _collapse(audit: Mapping[str, Any]) -> dict[str, Any] | None:
     places = list(dict.fromkeys(item["where"] for item in items))
     traces = []
     row_of = {place: index for index, place in enumerate(places)}
-    for kind in dict.fromkeys(item["kind"] for item in items):
+    for kind in dict.fromkeys(item["kind"] for item in items if item["kind"] != "not measured"):
         members = [item for item in items if item["kind"] == kind]
         shares = [100 * (item.get("count") or 0) / item["of"] if item.get("of") else 0 for item in members]
         texts = [f"{item.get('count')} of {item.get('of')} {_label(kind)}; units {_label(_units(item))}" for item in members]

@@ -35,6 +35,7 @@ from parasym.symmetry.tangent import Flat, NullSpace, edge_motion, flat_of, jaco
 Progress = Callable[[str, float], None]
 _MAX_BATCHES = 64
 _NEARLY = 1e-2  # a finite element of an approximate symmetry changes the outputs by less
+_SHARES = (1.0, -1.0, 1 / MARGIN, -1 / MARGIN, 0.2 / MARGIN, -0.2 / MARGIN)  # both ways: a kink may stand nearer than the far end
 _SEEN = 1e-11  # relative derivative above which a batch sees a direction
 
 
@@ -366,14 +367,15 @@ def certify_fibre(
     """One step and retraction: outputs unchanged on the judge's inputs, and the parameters moved the way they were asked to."""
     before = judge.outputs(params)
     residual, cosine = 0.0, 1.0
-    for sign in (1.0, -1.0, 1.0, -1.0):
-        element = torch.randn(action.dim, generator=generator, dtype=torch.float64)
-        element = sign * size * element / element.norm()
+    tries = [(k, share) for k in range(2) for share in _SHARES]
+    directions = torch.randn(2, action.dim, generator=generator, dtype=torch.float64)
+    for k, share in tries:
+        element = share * size * directions[k] / directions[k].norm()
         new = action.act(params, element)
         residual = max(residual, relative_change(before, judge.outputs({**params, **new})))
         moved = torch.cat([(new[n] - params[n]).reshape(-1) for n in action.names])
         asked = (action.vectors @ element)[action.flat.rows(action.names)]
         cosine = min(cosine, float(moved @ asked / (moved.norm() * asked.norm()).clamp(min=1e-300)))
-        if residual > ACCEPT or cosine < 0.9 or float(moved.norm()) < 0.5 * size:
-            return Certificate(residual, min(cosine, float(moved.norm()) / size), False, 4)
-    return Certificate(residual, cosine, True, 4)
+        if residual > ACCEPT or cosine < 0.9 or float(moved.norm()) < 0.5 * abs(share) * size:
+            return Certificate(residual, min(cosine, float(moved.norm() / element.norm())), False, len(tries))
+    return Certificate(residual, cosine, True, len(tries))

@@ -371,7 +371,11 @@ class SignPass:
         if not _close(before.abs(), after.abs()):
             return None
         signs = [self._sign(s, axes).expand(before.shape) for s in slots]
-        glance = torch.unravel_index(torch.linspace(0, before.numel() - 1, _GLANCE).long(), before.shape) if before.dim() else ()
+        glance = (
+            torch.unravel_index(torch.linspace(0, before.numel() - 1, _GLANCE).long(), before.shape)
+            if before.dim() and before.numel()
+            else ()
+        )
         for bits in _subsets(len(slots), 8):
             chosen = [s for j, s in enumerate(signs) if bits >> j & 1]
             few = math.prod((s[glance] for s in chosen), start=before[glance])

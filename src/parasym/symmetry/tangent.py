@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,10 +107,11 @@ def jacobian(
     """
     names = list(flat.shapes) if names is None else list(names)
     rows = flat.rows(names)
-    with math_attention():
+    with math_attention(), torch.inference_mode(False), torch.enable_grad():
+        params, env = _recordable(params), _recordable(env)
         leaves = {n: params[n].detach().requires_grad_() for n in names}
         out = torch.cat([o.reshape(-1) for o in graph.replay({**params, **leaves}, env)])
-        if not names or not out.requires_grad:
+        if not len(rows) or not len(out) or not out.requires_grad:
             return out.new_zeros(len(out), len(rows))
         if len(out) < _MANY_OUTPUTS * len(rows):
             try:
@@ -119,6 +121,11 @@ def jacobian(
     directions = torch.eye(flat.size, dtype=torch.float64)[rows]
     columns = jacobian_columns(graph, params, env, graph.outputs, directions, flat)
     return torch.cat([c.reshape(len(rows), -1) for c in columns], 1).T
+
+
+def _recordable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of tensors made under inference mode, which no derivative can pass; the rest as it is."""
+    return {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in values.items()}
 
 
 def _pulled_back(out: Tensor, leaves: Sequence[Tensor]) -> Tensor:
