@@ -326,3 +326,24 @@ def test_the_name_is_callable_however_it_was_imported() -> None:
     x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
     assert callable(parasym.audit)
     assert module(model, (x,)).completeness.nullity == parasym.audit(model, (x,)).completeness.nullity
+
+
+def typed() -> nn.Module:
+    """A BERT of one layer, whose second token type is read only where it is asked for."""
+    config = transformers.BertConfig(
+        vocab_size=11, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=9, max_position_embeddings=5,
+        hidden_dropout_prob=0, attention_probs_dropout_prob=0, pad_token_id=None, layer_norm_eps=1e-5, attn_implementation="eager",
+    )  # fmt: skip
+    return generic(transformers.BertModel(config, add_pooling_layer=False))
+
+
+def test_a_row_that_no_input_reads_is_written_at_full_size() -> None:
+    model, tokens = typed(), torch.randint(0, 11, (7, 5), generator=torch.Generator().manual_seed(0))
+    found, nullity = at_full_size(model, {"input_ids": tokens})
+    (row,) = [s for s in found.symmetries if s.parameters == ("embeddings.token_type_embeddings.weight",) and s.group == "R^12"]
+    assert row.residual == 0.0
+    assert found.search.undecided == []
+    assert sum(s.dim for s in found.symmetries) == nullity
+    mixed = (torch.arange(35).reshape(7, 5) % 2 == 0).long()  # and where the full model's inputs read it, it is not free
+    found, _ = at_full_size(model, {"input_ids": tokens, "token_type_ids": mixed})
+    assert not any(s.parameters == row.parameters and s.group == "R^12" for s in found.symmetries)

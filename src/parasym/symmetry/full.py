@@ -6,6 +6,7 @@ twin's certificate where they are not. The count of null directions is the twin'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -230,6 +231,14 @@ def _written(
     symmetries: list[Symmetry] = []
     for k, (s, entry) in enumerate(zip(found.symmetries, found.entries, strict=True)):
         tell("writing", k / max(1, len(found.symmetries)))
+        if entry is None and (rows := _unread(s, twin, graph)):
+            certified = [_certified_rows(s, a, graph, judge, before, generator, level) for a in rows]
+            symmetries += [c for c in certified if c is not None]
+            out.entries += [None for c in certified if c is not None]
+            read = [p for a, c in zip(rows, certified, strict=True) if c is None for p in a.entries]
+            if read:
+                out.refuted.append({"name": s.name, "why": "the twin does not read these numbers, the full model does", "parameters": read})
+            continue
         if entry is None or s.kind in ("point", "blind"):
             out.undecided.append(
                 {
@@ -284,6 +293,52 @@ def _written(
             out.entries.append(e)
     out.symmetries = symmetries
     return symmetries
+
+
+def _unread(s: Symmetry, twin: Twin, graph: Graph) -> list[EntriesAction]:
+    """Numbers of the twin that nothing reads, at full size: whole slices along axes whose size the twin keeps; else nothing."""
+    if not isinstance(s.action, EntriesAction):
+        return []
+    out = []
+    for name, small in twin.names.items():
+        if small not in s.action.entries or name not in graph.params:
+            continue
+        shape, wide = twin.graph.params[small].shape, graph.params[name].shape
+        mask = torch.zeros(shape, dtype=torch.bool)
+        mask.view(-1)[s.action.entries[small]] = True
+        rows = [mask.movedim(a, 0).flatten(1).any(1).nonzero()[:, 0] for a in range(mask.dim())]
+        if mask.dim() < 2 or math.prod(len(r) for r in rows) != int(mask.sum()):
+            return []
+        if any(len(r) < n and n != m for r, n, m in zip(rows, shape, wide, strict=True)):
+            return []
+        grid = torch.zeros(wide, dtype=torch.bool)
+        whole = [torch.arange(m) if len(r) == n else r for r, n, m in zip(rows, shape, wide, strict=True)]
+        grid[torch.meshgrid(*whole, indexing="ij")] = True
+        out.append(EntriesAction({name: grid.reshape(-1).nonzero()[:, 0]}))
+    return out
+
+
+def _certified_rows(
+    s: Symmetry,
+    action: EntriesAction,
+    graph: Graph,
+    judge: Sampled | None,
+    before: Tensor | None,
+    generator: torch.Generator,
+    level: Level,
+) -> Symmetry | None:
+    """Unread numbers of the full model as a symmetry, if its outputs do not depend on them."""
+    residual, note = s.residual, "certificate of the twin"
+    if judge is not None and before is not None:
+        moved = _acted(action, graph.params, [_element(action.dim, 1, generator)])
+        residual = relative_change(before, judge.outputs({**graph.params, **moved})) if moved else math.inf
+        note = "certified on the full model by a finite element"
+    if residual > ACCEPT:
+        return None
+    parameters = tuple(action.entries)
+    dim = action.dim - (s.action.dim - s.dim)  # what other families of the twin count of it they count here
+    where = where_of(parameters)
+    return Symmetry(s.name, f"R^{action.dim}", dim, "pure", parameters, level, residual, True, action, where, note=note)
 
 
 def _joint_residual(
