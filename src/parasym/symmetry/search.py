@@ -224,7 +224,7 @@ def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, gene
     return True
 
 
-_GROUPS = ("scale", "gl", "so", "so1")  # where these hold they hold along the whole orbit, also at special weights
+_GROUPS = ("so", "so1")  # where these hold they hold along the whole orbit, also at special weights
 _KINDS: dict[str, Kind] = {"free": "pure", "row": "pure", "shift": "translation", "scale": "diagonal"}
 
 
