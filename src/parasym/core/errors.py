@@ -27,5 +27,9 @@ class CheckpointError(ParasymError):
     """A weights file is missing, truncated, hostile, or does not fit the model."""
 
 
+class RecordError(ParasymError):
+    """The record of a watched run cannot be written or read: full disk, lock, damage, foreign or newer file."""
+
+
 class MissingExtraError(ParasymError):
     """A feature needs an optional package; the message names the extra to install."""

@@ -1,0 +1,1 @@
+"""A training run observed: what is recorded, where it goes, and how it is read."""
