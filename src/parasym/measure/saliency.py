@@ -36,7 +36,12 @@ _IDENTITY = frozenset(
 )  # fmt: skip
 _SUM = frozenset({"add", "sub", "rsub", "div", "where", "maximum", "minimum", "lerp", "atan2"})
 _PRODUCT = frozenset({"matmul", "bmm", "mm", "einsum", "baddbmm"})
-_LINEAR = frozenset({"pixel_shuffle", "pixel_unshuffle", "cumsum", "flip", "roll", "index_select", "gather", "index", "repeat", "repeat_interleave", "movedim", "narrow"})
+_LINEAR = frozenset(
+    {
+        "cumsum", "flip", "gather", "index", "index_select", "movedim", "narrow", "pixel_shuffle", "pixel_unshuffle", "repeat",
+        "repeat_interleave", "roll",
+    }
+)  # fmt: skip
 
 
 def synaptic_saliency(
@@ -310,7 +315,7 @@ class Flow:
             raise TraceError(f"no synaptic flow through {op_name(n)} ({n.name}): use another score for this model.") from error
 
     def _rule(self, n: Node, live: Mapping[str, Any]) -> Any:
-        kind, name, shape = self.graph.kind, op_name(n), getattr(n.meta.get("val"), "shape", None)
+        kind, name, shape = self.graph.kind, op_name(n), n.meta["val"].shape if isinstance(n.meta.get("val"), Tensor) else torch.Size()
         inputs = n.all_input_nodes
         moving = [a for a in inputs if kind.get(a.name) in ("active", "data") and _floats(live[a.name])]
         active = [a for a in inputs if kind.get(a.name) == "active"]
@@ -318,13 +323,16 @@ class Flow:
         if name == "embedding":
             return live[inputs[0].name].mean(0).expand(shape)
         if name == "scaled_dot_product_attention":
-            return _attention(*(live[a.name] for a in inputs[:3]), shape)
+            q, k, v = (live[a.name] for a in inputs[:3])
+            return _attention(q, k, v, shape)
         if name in _IDENTITY:
             return live[active[0].name]
         if name in _PRODUCT and len(active) > 1:
+            if name == "einsum":  # by either side, the others set to one
+                ones = {a.name: torch.ones_like(live[a.name]) for a in active}
+                return _sum([self.graph._evaluate(n, {**live, **ones, a.name: live[a.name]}) for a in active], shape)
             *more, a, b = (live[x.name] for x in inputs)
-            paths = _paths(a, b, shape) if name != "einsum" else _blend([a, b], shape)
-            return _sum([paths, *(m for x, m in zip(inputs, more, strict=False) if x in active)], shape)
+            return _sum([_paths(a, b, shape), *(m for x, m in zip(inputs, more, strict=False) if x in active)], shape)
         if name == "mul" or (name == "div" and held and len(moving) == 1):
             out = _sum([live[a.name] for a in moving], shape)
             for a in held:
@@ -336,7 +344,7 @@ class Flow:
             source = {a.name: torch.zeros_like(live[a.name]) for a in held} if name in ("cat", "stack") else {}
             return self.graph._evaluate(n, {**live, **source})
         mixed = [live[a.name] for a in active if _floats(live[a.name])]
-        if shape is None:
+        if not isinstance(n.meta.get("val"), Tensor):
             self.guessed.add(name)
             return self.graph._evaluate(n, live)
         if len(active) > 1 or any(m.shape != shape for m in mixed):
