@@ -91,7 +91,10 @@ class FibreAction:
             if not error < float("inf") or error < 1e-15 or (stalled and (error < 1e-13 or error > 1e3 * last)):
                 break
             if inverse is None or stalled:  # one factor serves as long as it brings the error down fast
-                Q, R = torch.linalg.qr(self._columns(now))
+                J = self._columns(now)
+                if not bool(torch.isfinite(J).all()):  # the step reached a point without a derivative, the root of zero say
+                    break
+                Q, R = torch.linalg.qr(J)
                 U, s, Vh = svd(R)
                 k = self._rank
                 inverse = (Vh[:k].T / s[:k]) @ (U[:, :k].T @ Q.T)
