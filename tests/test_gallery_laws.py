@@ -1,4 +1,4 @@
-"""The four gallery entries on charges and laws: every check passes at smoke size, and fails when its mechanism is tampered with."""
+"""The gallery entries on charges and laws: every check passes at smoke size, and fails when its mechanism is tampered with."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from parasym.gallery import law_of_balance, neural_mechanics, noether_learning_dynamics, noise_equilibrium
+from parasym.gallery import (
+    flatness_or_sharpness,
+    law_of_balance,
+    neural_mechanics,
+    noether_learning_dynamics,
+    noise_equilibrium,
+    perfect_platonic,
+)
 from parasym.gallery.contract import Entry, Result
 from parasym.gallery.runner import run_entry, seeds_of
 from parasym.laws import balance
+from parasym.solvable import edln
+from parasym.solvable.chains import Chain
 
 ENTRIES: dict[str, Entry] = {
-    m.ENTRY.slug: m.ENTRY for m in (neural_mechanics, noether_learning_dynamics, law_of_balance, noise_equilibrium)
+    m.ENTRY.slug: m.ENTRY
+    for m in (neural_mechanics, noether_learning_dynamics, law_of_balance, noise_equilibrium, perfect_platonic, flatness_or_sharpness)
 }
 
 
@@ -87,6 +97,41 @@ def test_an_unbalanced_closed_form_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(noise_equilibrium, "pair_from_product", lambda *a: (1.1 * right(*a)[0], right(*a)[1] / 1.1))
     entry = noise_equilibrium.ENTRY
     assert any("linear pair" in c for c in failed(only(entry, solvers=entry.config("smoke").solvers)))
+
+
+def test_the_flattest_minimum_in_place_of_the_noise_equilibrium_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Chain.weights
+
+    def wrong(self: Chain, widths: Any, generator: Any = None) -> Any:
+        flat = Chain(self.target, self.inputs, torch.eye(len(self.noise), dtype=torch.float64), self.depth)
+        return right(flat, widths, generator)
+
+    monkeypatch.setattr(Chain, "weights", wrong)
+    entry = perfect_platonic.ENTRY
+    claims = failed(only(entry, closed=entry.config("smoke").closed))
+    assert any("tr(G_(i+1))" in c for c in claims) and any("whitened spectrum" in c for c in claims)
+    assert any("autograd one" in c for c in failed(only(flatness_or_sharpness.ENTRY, algebra=flatness_or_sharpness.AlgebraConfig())))
+
+
+def test_noise_that_misses_the_label_covariance_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = edln.sgd_ensemble
+
+    def isotropic(models: Any, *args: Any, **kwargs: Any) -> Any:
+        """SGD whose label noise has the same trace in every direction."""
+        even = [dataclasses.replace(m, noise=torch.eye(3, dtype=torch.float64) * m.noise.trace() / 3) for m in models]
+        return right(even, *args, **kwargs)
+
+    monkeypatch.setattr(edln, "sgd_ensemble", isotropic)
+    entry = flatness_or_sharpness.ENTRY
+    claims = failed(only(entry, stationary=entry.config("smoke").stationary, sharpening=entry.config("smoke").sharpening))
+    assert any(c.startswith("kappa 50.0: tr H of SGD against") for c in claims) and any("rise of tr H" in c for c in claims)
+    assert any("Platonic" in c for c in failed(only(perfect_platonic.ENTRY, sgd=perfect_platonic.ENTRY.config("smoke").sgd)))
+
+
+def test_equal_label_noise_does_not_sharpen_a_network() -> None:
+    config = dataclasses.replace(flatness_or_sharpness.StudentConfig(), kappas=(1.0, 1.0), steps=3000, replicas=2, probe=64)
+    claims = failed(only(flatness_or_sharpness.ENTRY, mlp=config))
+    assert any("every seed" in c for c in claims)
 
 
 def test_closed_forms_of_the_law_of_balance() -> None:

@@ -86,6 +86,21 @@ def bars(data: Mapping[str, Any]) -> Any:
     return _framed(figure, data)
 
 
+@drawing
+def heatmap(data: Mapping[str, Any]) -> Any:
+    """A matrix in colours, with its values; ``data``: ``x``, ``y`` labels, ``z`` rows, ``low``, ``high`` of the colours, ``title``."""
+    import plotly.graph_objects as go
+
+    text = [[f"{value:.3f}" for value in row] for row in data["z"]]
+    figure = go.Figure(
+        go.Heatmap(
+            x=data["x"], y=data["y"], z=data["z"], zmin=data.get("low"), zmax=data.get("high"), text=text, texttemplate="%{text}",
+            colorscale="Viridis", colorbar={"title": data.get("title", "")},
+        )
+    )  # fmt: skip
+    return _framed(figure, {})
+
+
 def _trace(series: Mapping[str, Any], colour: str) -> Any:
     import plotly.graph_objects as go
 

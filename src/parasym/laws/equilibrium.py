@@ -22,6 +22,9 @@ from parasym.core.results import Status, plain
 from parasym.laws.charges import Charge
 from parasym.laws.drift import charge_moments
 from parasym.measure.gradients import GradientMoments, LossFn, Objective, gradient_moments
+from parasym.solvable.chains import chain_equilibrium as chain_equilibrium
+from parasym.solvable.chains import chain_fluctuation as chain_fluctuation
+from parasym.solvable.chains import square_roots
 
 Rule = Literal["sgd", "adam"]
 
@@ -86,16 +89,8 @@ def solve_generator(weights: Tensor, noise: Tensor, size: Tensor | None = None, 
 
 def geometric_mean(K: Tensor, N: Tensor) -> Tensor:
     """The positive H with H K H = N, for symmetric positive K, N (..., n, n): K^-1/2 (K^1/2 N K^1/2)^1/2 K^-1/2."""
-    root, inverse = _roots(K)
-    return inverse @ _roots(root @ N @ root)[0] @ inverse
-
-
-def _roots(M: Tensor) -> tuple[Tensor, Tensor]:
-    w, Q = torch.linalg.eigh(0.5 * (M + M.mT))
-    w = w.clamp_min(0)
-    root = w.sqrt()
-    inverse = torch.where(root > 0, 1 / root.clamp_min(1e-300), torch.zeros_like(root))
-    return (Q * root[..., None, :]) @ Q.mT, (Q * inverse[..., None, :]) @ Q.mT
+    root, inverse = square_roots(K)
+    return inverse @ square_roots(root @ N @ root)[0] @ inverse
 
 
 def solve_pair(
@@ -126,8 +121,8 @@ def pair_from_product(M: Tensor, E: Tensor, X: Tensor, hidden: int | None = None
         M: (o, i) the product. E: (o, o) and X: (i, i) second moments E[J J^T], E[J^T J] of J = dl / dM, positive definite.
         hidden: width h >= rank M; extra hidden directions are zero.
     """
-    rE, iE = _roots(E)
-    rX, iX = _roots(X)
+    rE, iE = square_roots(E)
+    rX, iX = square_roots(X)
     P, S, Rt = torch.linalg.svd(rE @ M @ rX, full_matrices=False)
     keep = 1e-14 * S.max().clamp_min(1e-300) < S
     P, S, Rt = P[:, keep], S[keep], Rt[keep]
@@ -136,49 +131,6 @@ def pair_from_product(M: Tensor, E: Tensor, X: Tensor, hidden: int | None = None
         raise InputError(f"A hidden width of {h} cannot carry a product of rank {len(S)}.")
     turn = torch.eye(h, len(S), dtype=M.dtype)
     return iE @ P * S.sqrt() @ turn.T, turn @ (S.sqrt()[:, None] * (Rt @ iX))
-
-
-def chain_equilibrium(V: Tensor, inputs: Tensor, noise: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    """Weights W_1..W_D of a deep linear network with product V that minimise E|g|^2 = 4 sum tr G_i tr H_(i-1) (perfect-platonic R3).
-
-    Args:
-        V: (o, i) the map. inputs: (i, i) input covariance. noise: (o, o) label-noise covariance, positive definite.
-        widths: hidden widths d_1..d_(D-1), each at least rank V.
-
-    Raises:
-        InputError: a hidden layer narrower than the rank.
-    """
-    D = len(widths) + 1
-    if D == 1:
-        return [V.clone()]
-    rE, iE = _roots(noise.double())
-    rX, iX = _roots(inputs.double())
-    P, s, Qt = torch.linalg.svd(rE @ V.double() @ rX, full_matrices=False)
-    keep = s > 1e-13 * s.max().clamp_min(1e-300)
-    P, s, Qt = P[:, keep], s[keep], Qt[keep]
-    if min(widths) < len(s):
-        raise InputError(f"A hidden width of {min(widths)} cannot carry a map of rank {len(s)}.")
-    total, tx, te = float(s.sum()), float(inputs.trace()), float(noise.trace())
-    T = (te * tx) ** (1 / D) * total ** (2 - 2 / D)
-    a = [total * tx / T * (total**2 / T) ** i for i in range(D - 1)]
-    turns = [torch.eye(w, len(s), dtype=torch.float64) for w in widths]
-    first = math.sqrt(a[0]) * turns[0] @ (s.sqrt()[:, None] * (Qt @ iX))
-    middle = [math.sqrt(a[i] / a[i - 1]) * turns[i] @ turns[i - 1].T for i in range(1, D - 1)]
-    last = a[-1] ** -0.5 * (iE @ P * s.sqrt()) @ turns[-1].T
-    return [first, *middle, last]
-
-
-def chain_fluctuation(weights: Sequence[Tensor], inputs: Tensor, noise: Tensor) -> Tensor:
-    """E|g|^2 = 4 sum_i tr(L_i^T Sigma_eps L_i) tr(R_(i-1) Sigma_x R_(i-1)^T) of a deep linear network at a global minimum (R1)."""
-    total = torch.zeros((), dtype=weights[0].dtype)
-    for i in range(len(weights)):
-        R, L = torch.eye(inputs.shape[0], dtype=inputs.dtype), torch.eye(noise.shape[0], dtype=noise.dtype)
-        for W in weights[:i]:
-            R = W @ R
-        for W in reversed(weights[i + 1 :]):
-            L = L @ W
-        total = total + 4 * (L.T @ noise @ L).trace() * (R @ inputs @ R.T).trace()
-    return total
 
 
 # ----------------------------------------------------------------------------------------------------- rescalings that share weights
