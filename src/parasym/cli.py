@@ -41,7 +41,8 @@ app = typer.Typer(
         "[bold]Start here[/]\n\n"
         "parasym audit model.py:build               a function of yours that returns (model, args)\n\n"
         "parasym audit path/to/hf-folder --html report.html\n\n"
-        "parasym gallery list                       the papers that can be run\n\n" + EXIT_CODES
+        "parasym gallery list                       the papers that can be run\n\n"
+        "parasym sweep probabilistic-stability --over eta=0.05:3:24 --over a=-0.99:0.97:24 --html phases.html\n\n" + EXIT_CODES
     ),
 )
 gallery = typer.Typer(
@@ -56,6 +57,14 @@ class Completeness(StrEnum):
     auto = "auto"
     exact = "exact"
     none = "none"
+
+
+class Backend(StrEnum):
+    """Where the cells of a sweep run."""
+
+    loky = "loky"
+    ray = "ray"
+    dask = "dask"
 
 
 class Preset(StrEnum):
@@ -171,6 +180,10 @@ def gallery_run(
     preset: Annotated[
         Preset, typer.Option(help="smoke: seconds; default: up to a minute; full: the paper's own setting.")
     ] = Preset.default,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder that keeps finished experiments: a run that was killed takes up there.", metavar="DIR")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Experiments at a time.", min=1)] = 1,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -178,7 +191,7 @@ def gallery_run(
     with _errors_explained(debug):
         room = importlib.import_module("parasym.gallery")
         _known_paper(room, [slug])
-        result = room.run(slug, preset.value)
+        result = room.run(slug, preset.value, store, jobs=workers)
         if as_json:
             typer.echo(json.dumps(words.plain(result.to_dict()), indent=2, allow_nan=False))
         else:
@@ -209,6 +222,77 @@ def gallery_report(
             typer.echo(f"{'pass' if result.passed else 'FAIL'}  {result.slug}  {good}/{len(result.checks)} checks")
         typer.echo(f"report: {page or outdir}", err=True)
     raise typer.Exit(OK if all(result.passed for result in results) else OPEN)
+
+
+@app.command(
+    "sweep",
+    epilog=(
+        "[bold]Examples[/]\n\n"
+        "parasym sweep probabilistic-stability                      what it offers by default, with its axes\n\n"
+        "parasym sweep probabilistic-stability --over eta=0.05:3:100 --over a=-0.99:0.97:100 --set steps=10000 --workers 2\n\n"
+        "parasym sweep probabilistic-stability --over S=1,2,4,8,16 --set eta=1 --set a=-0.8 --json\n\n"
+        "parasym sweep law-of-balance --experiment law --over eta=0.001:0.05:5:log     any experiment, over any field\n\n" + EXIT_CODES
+    ),
+)
+def run_sweep(
+    slug: Annotated[str, typer.Argument(help="A paper of `parasym gallery list`.")],
+    over: Annotated[
+        list[str] | None,
+        typer.Option(help="A field and its values: 0.1,0.2,0.5 or low:high:count or low:high:count:log.", metavar="FIELD=VALUES"),
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A field that stays fixed.", metavar="FIELD=VALUE")] = None,
+    name: Annotated[str | None, typer.Option("--sweep", help="Which of the paper's sweeps; the first if none is named.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="Sweep one of the paper's experiments: how its checks fare.")] = None,
+    preset: Annotated[Preset, typer.Option(help="The preset an --experiment starts from.")] = Preset.smoke,
+    workers: Annotated[int, typer.Option(help="Processes, or tasks at a time on a cluster.", min=1)] = 1,
+    backend: Annotated[Backend, typer.Option(help="This machine (loky), or a Ray or Dask cluster.")] = Backend.loky,
+    address: Annotated[str | None, typer.Option(help="Address of a running cluster.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="File that keeps finished cells; the same command takes up where it was killed.", metavar="FILE")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the diagrams, one self-contained page.", metavar="OUT")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run a paper's model over a grid and draw its phase diagram, the predicted boundary on top."""
+    with _errors_explained(debug):
+        if html is not None:
+            _check_writable(html)
+        room = importlib.import_module("parasym.gallery")
+        _known_paper(room, [slug])
+        sweeps = importlib.import_module("parasym.gallery.sweep")
+        offered = sweeps.offered(room.entries()[slug], name, experiment, preset.value)
+        axes = dict(sweeps.parse_axis(text) for text in over or [])
+        fixed = dict(sweeps.parse_setting(text) for text in settings or [])
+        kept = store or Path(".parasym") / f"sweep-{slug}.sqlite"
+        with _progress() as progress:
+            found = sweeps.sweep(
+                slug, offered, axes, fixed, store=str(kept), workers=workers, backend=backend.value, address=address,
+                progress=lambda done, of: progress(f"{done}/{of} cells", done / of),
+            )  # fmt: skip
+        if html is not None:
+            sweeps.page(html, found)
+            typer.echo(f"diagrams: {html}", err=True)
+        if as_json:
+            typer.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False))
+        else:
+            _show_sweep(found)
+        typer.echo(f"cells are kept in {kept}", err=True)
+    raise typer.Exit(OK)
+
+
+def _show_sweep(found: Any) -> None:
+    console = _console()
+    axes = ", ".join(f"{name} ({len(values)} from {min(values):g} to {max(values):g})" for name, values in found.axes.items())
+    console.print(Text(f"{found.slug}: {found.title}", "bold"))
+    console.print(Text(f"{len(found.cells):,} cells over {axes}; " + ", ".join(f"{k} {v}" for k, v in found.config.items()), "dim"))
+    table = _table("quantity", "measured", "boundary", "cells on the predicted side", right={"cells on the predicted side"})
+    for q in found.quantities:
+        seen, side = found.values(q.name), found.agreement(q)
+        low, high = (words.number(float(v)) for v in (seen.min(), seen.max()))
+        share = f"{words.percent(side['share'])} of {side['cells']:,}" if side else ""
+        table.add_row(q.title, f"{low} to {high}", "" if q.level is None else words.number(q.level), share)
+    console.print(table)
 
 
 def _known_paper(room: Any, slugs: Sequence[str]) -> None:

@@ -11,10 +11,15 @@ if TYPE_CHECKING:
     from parasym.gallery.registry import entries
     from parasym.gallery.runner import run
     from parasym.gallery.store import Store
+    from parasym.gallery.sweep import Diagram, Quantity, Sweep, sweep_of
 
-__all__ = ["Check", "Entry", "Figure", "Part", "Result", "Store", "control", "entries", "holds", "match", "report", "run"]
+__all__ = [
+    "Check", "Diagram", "Entry", "Figure", "Part", "Quantity", "Result", "Store", "Sweep", "control", "entries", "holds", "match",
+    "report", "run", "sweep_of",
+]  # fmt: skip
 
-_HOMES = {"entries": "registry", "run": "runner", "report": "page", "Store": "store"}
+_SWEEP = ("Diagram", "Quantity", "Sweep", "sweep_of")
+_HOMES = {"entries": "registry", "run": "runner", "report": "page", "Store": "store", **dict.fromkeys(_SWEEP, "sweep")}
 
 
 def __getattr__(name: str) -> Any:

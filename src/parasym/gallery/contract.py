@@ -271,6 +271,7 @@ class Entry:
         presets: name -> config, a frozen dataclass with one field for each experiment, named like it; a field that is
             ``None`` leaves its experiment out.
         experiments: field name -> pure module-level function from that field's config to a `Part`.
+        sweeps: name -> what can be swept over a grid (`parasym.gallery.sweep`), the first one by default.
     """
 
     slug: str
@@ -279,6 +280,7 @@ class Entry:
     claims: tuple[str, ...]
     presets: Mapping[str, Any]
     experiments: Mapping[str, Experiment]
+    sweeps: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, preset: str) -> Any:
         """The config of a preset.

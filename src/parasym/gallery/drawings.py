@@ -101,6 +101,35 @@ def heatmap(data: Mapping[str, Any]) -> Any:
     return _framed(figure, {})
 
 
+@drawing
+def phase_diagram(data: Mapping[str, Any]) -> Any:
+    """A map of a measured number, with the boundary theory predicts as a line on top.
+
+    ``data``: ``x``, ``y`` values, ``z`` and perhaps ``boundary`` as rows (one for each y), ``level`` of the boundary (or None: no
+    line), ``xtitle``, ``ytitle``, ``ztitle``, ``log``. Values beyond the 2nd and 98th percentile share the end colours.
+    """
+    import numpy as np
+    import plotly.graph_objects as go
+
+    z = np.array([[float(value) for value in row] for row in data["z"]])
+    level, finite = data.get("level"), z[np.isfinite(z)]
+    low, high = (float(v) for v in np.percentile(finite, [2, 98])) if finite.size else (0.0, 1.0)
+    if level is None:
+        colours: dict[str, Any] = {"colorscale": "Viridis", "zmin": low, "zmax": high}
+    else:
+        reach = max(abs(low - level), abs(high - level), 1e-12)
+        colours = {"colorscale": "RdBu", "zmid": level, "zmin": level - reach, "zmax": level + reach}
+    figure = go.Figure(go.Heatmap(x=data["x"], y=data["y"], z=z, colorbar={"title": data.get("ztitle", "")}, **colours))
+    if level is not None and "boundary" in data:
+        bounds = np.array([[float(value) for value in row] for row in data["boundary"]])
+        contours = {"start": level, "end": level, "size": 1, "coloring": "none"}
+        line = {"color": "black", "width": 2.5}
+        figure.add_trace(go.Contour(x=data["x"], y=data["y"], z=bounds, contours=contours, line=line, showscale=False, name="predicted"))
+    framed = _framed(figure, {"x": data["xtitle"], "y": data["ytitle"], "log": data.get("log", "")})
+    framed.update_layout(height=460)
+    return framed
+
+
 def _trace(series: Mapping[str, Any], colour: str) -> Any:
     import plotly.graph_objects as go
 

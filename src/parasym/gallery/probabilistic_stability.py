@@ -19,9 +19,11 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import chi2
 
+from parasym.core.errors import InputError
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
 from parasym.gallery.drawings import curves
-from parasym.simulate import Ensemble, Lyapunov, Snapshots, System, dot, grid, log, where
+from parasym.gallery.sweep import Quantity, Sweep, cell_seed
+from parasym.simulate import Average, Ensemble, Lyapunov, Snapshots, System, dot, grid, log, where
 from parasym.solvable.contract import number
 from parasym.solvable.factors import (
     Discrete,
@@ -540,6 +542,49 @@ _EXPERIMENTS: Mapping[str, Callable[..., Part]] = {
     "spectrum": spectrum,
 }
 
+
+@dataclass(frozen=True)
+class OriginCell:
+    """One cell of the phase diagram of u sigma(w x) at its origin: chi in {1, a} evenly, learning rate eta, batches of S."""
+
+    eta: float = 0.3
+    a: float = -0.5
+    S: int = 1
+    replicas: int = 64
+    steps: int = 4000
+    seed: int = 0
+
+
+def origin_cell(config: OriginCell) -> dict[str, dict[str, float]]:
+    """R6, R7: Lambda_+ and Lambda_- of a cell, closed form beside the mean log factor of every replica and step."""
+
+    def factors(s: Any, p: Any, draws: Any) -> Any:
+        chi = sum(where(draws.uniform() < 0.5, 1.0, p.a) for _ in range(config.S)) / float(config.S)
+        return [log(abs(1.0 + p.lr * chi)), log(abs(1.0 - p.lr * chi))]
+
+    if config.S < 1:
+        raise InputError(f"a batch holds at least one sample, not S = {config.S}")
+    params = {"lr": config.eta, "a": config.a}
+    system = System("factors at the origin", lambda p, d: [0.0, 0.0], factors)
+    seen = Ensemble(system, config.replicas, params, cell_seed(config)).run(config.steps, [Average()])[0]
+    value, error = np.asarray(seen.value, float), np.asarray(seen.stderr if seen.stderr is not None else [math.nan] * 2, float)
+    theory = two_layer_exponents(Discrete((1.0, config.a)), config.eta, config.S)
+    return {
+        name: {"predicted": theory[k], "measured": float(value[k]), "stderr": float(error[k])} for k, name in enumerate(("plus", "minus"))
+    }
+
+
+ORIGIN = Sweep(
+    title="phases at the origin of a two-layer net",
+    config=OriginCell(),
+    cell=origin_cell,
+    quantities=(
+        Quantity("plus", "Lambda_+: growth along u = w (above 0 the net learns the sign of E chi)", 0.0, 2e-3),
+        Quantity("minus", "Lambda_-: growth along u = -w", 0.0, 2e-3),
+    ),
+    axes={"eta": tuple(np.linspace(0.05, 3.0, 24).tolist()), "a": tuple(np.linspace(-0.99, 0.97, 24).tolist())},
+)
+
 ENTRY = Entry(
     slug=SLUG,
     title="Type-II Saddles and Probabilistic Stability of Stochastic Gradient Descent",
@@ -567,4 +612,5 @@ ENTRY = Entry(
         ),
     },
     experiments=_EXPERIMENTS,
+    sweeps={"origin": ORIGIN},
 )

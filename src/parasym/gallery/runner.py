@@ -8,7 +8,7 @@ import inspect
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,12 @@ def run_entry(
 
 def cell_key(experiment: Experiment, cell: Any, name: str) -> str:
     """The hash a finished experiment is stored under: its name, its config, the code it runs and the torch version."""
-    own = inspect.getsource(inspect.getmodule(experiment) or experiment)
-    return digest({"name": name, "config": to_plain(cell), "code": [own, _library_digest()], "torch": torch.__version__})
+    return digest({"name": name, "config": to_plain(cell), "code": code_key(experiment), "torch": torch.__version__})
+
+
+def code_key(function: Callable[..., Any]) -> list[str]:
+    """What a function's numbers depend on besides its config: the source of its module and of the library."""
+    return [inspect.getsource(inspect.getmodule(function) or function), _library_digest()]
 
 
 @functools.cache

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
 from parasym.gallery.drawings import bars, curves
 from parasym.gallery.probabilistic_stability import NetworkConfig, network
+from parasym.gallery.sweep import Quantity, Sweep, cell_seed
 from parasym.simulate import SGD, Adam, Ensemble, System, cos, descent, log, sin, where
 from parasym.solvable.factors import Discrete, design_slow_escape
 from parasym.solvable.models import LocalMaximum, local_maximum_run
@@ -390,6 +392,39 @@ _EXPERIMENTS: Mapping[str, Callable[..., Part]] = {
     "tied": tied,
 }
 
+
+@dataclass(frozen=True)
+class MaximumCell:
+    """One cell: l = x w^2/2 + w^4/4, x in {b, -c} evenly with c > b (a local maximum at 0), learning rate eta, start .1 N(0,1)."""
+
+    eta: float = 0.5
+    b: float = 1.5
+    c: float = 1.6
+    replicas: int = 256
+    steps: int = 3000
+    seed: int = 0
+
+
+def maximum_cell(config: MaximumCell) -> dict[str, dict[str, float]]:
+    """R1: the exponent of a cell beside where the replicas are in the end."""
+    run = local_maximum_run(config.b, config.c, config.eta, config.replicas, config.steps, cell_seed(config))
+    share = float(((run.final[:, 0].abs() < 1e-6) & run.sound).double().mean())
+    overflowed = run.diverged / config.replicas
+    rate = LocalMaximum(config.b, config.c, config.eta).rate
+    return {"left": {"predicted": rate, "measured": 0.5 - share}, "overflowed": {"measured": overflowed}}
+
+
+MAXIMUM = Sweep(
+    title="does a local maximum hold SGD",
+    config=MaximumCell(),
+    cell=maximum_cell,
+    quantities=(
+        Quantity("left", "E log|1 - eta x| (below 0: held) beside 1/2 - share of replicas at the maximum", 0.0, 0.02),
+        Quantity("overflowed", "share of replicas that left the range of numbers"),
+    ),
+    axes={"eta": tuple(np.linspace(0.02, 1.0, 24).tolist()), "b": tuple(np.linspace(0.1, 1.55, 24).tolist())},
+)
+
 ENTRY = Entry(
     slug=SLUG,
     title="SGD with a Constant Large Learning Rate Can Converge to Local Maxima",
@@ -419,4 +454,5 @@ ENTRY = Entry(
         ),
     },
     experiments=_EXPERIMENTS,
+    sweeps={"maximum": MAXIMUM},
 )

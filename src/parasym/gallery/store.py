@@ -1,15 +1,18 @@
-"""Where finished experiments are kept: one JSON file for each, named by the hash of everything its numbers depend on."""
+"""Where finished work is kept, by the hash of everything its numbers depend on: a JSON file for each experiment, a row for each cell."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import sqlite3
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from parasym.core.errors import InputError
 
 
 def digest(content: Any) -> str:
@@ -75,3 +78,46 @@ class Store:
 
     def _refuse(self, path: Path, reason: str) -> None:
         warnings.warn(f"ignoring the stored experiment {path.name}: {reason}; it will be run again", RuntimeWarning, stacklevel=3)
+
+
+class Cells:
+    """Many small results in one SQLite file (write-ahead log): what `put` returned from survives a kill at any moment.
+
+    Args:
+        file: made if it is not there; ":memory:" keeps nothing.
+
+    Raises:
+        InputError: the file is something else.
+    """
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        self.file = str(file)
+        if self.file != ":memory:":
+            Path(self.file).parent.mkdir(parents=True, exist_ok=True)
+        self.connection = sqlite3.connect(self.file, timeout=30.0)
+        try:
+            self.connection.execute("PRAGMA journal_mode=WAL")
+            self.connection.execute("PRAGMA synchronous=FULL")
+            self.connection.execute("CREATE TABLE IF NOT EXISTS cells (key TEXT PRIMARY KEY, content TEXT NOT NULL) WITHOUT ROWID")
+        except sqlite3.DatabaseError as error:
+            self.connection.close()
+            raise InputError(f"{self.file} is not a store of cells ({error}): give another file, or move it away") from error
+
+    def get(self, keys: Sequence[str]) -> dict[str, Any]:
+        """What is kept of ``keys``."""
+        out: dict[str, Any] = {}
+        for low in range(0, len(keys), 500):
+            some = keys[low : low + 500]
+            marks = ",".join("?" * len(some))
+            out |= {k: json.loads(c) for k, c in self.connection.execute(f"SELECT key, content FROM cells WHERE key IN ({marks})", some)}
+        return out
+
+    def put(self, cells: Mapping[str, Any]) -> None:
+        """Keep JSON-ready results, all of them or none."""
+        rows = [(key, json.dumps(content, allow_nan=False)) for key, content in cells.items()]
+        with self.connection:
+            self.connection.executemany("INSERT OR REPLACE INTO cells VALUES (?, ?)", rows)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.connection.close()
