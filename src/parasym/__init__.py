@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from parasym.core.errors import ParasymError as ParasymError
     from parasym.symmetry.symmetry import Symmetry as Symmetry
     from parasym.symmetry.symmetry import SymmetrySet as SymmetrySet
+    from parasym.watch import Watch as Watch
+    from parasym.watch import watch as watch
 
 _PUBLIC = {
     "audit": "parasym.audit",
@@ -22,8 +24,10 @@ _PUBLIC = {
     "ParasymError": "parasym.core.errors",
     "Symmetry": "parasym.symmetry.symmetry",
     "SymmetrySet": "parasym.symmetry.symmetry",
+    "Watch": "parasym.watch",
+    "watch": "parasym.watch",
 }
-__all__ = ["Audit", "ParasymError", "Symmetry", "SymmetrySet", "__version__", "audit", "symmetries"]
+__all__ = ["Audit", "ParasymError", "Symmetry", "SymmetrySet", "Watch", "__version__", "audit", "symmetries", "watch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ from parasym.core.graph import batch_statistics, trace
 from parasym.core.guards import rng_state
 from parasym.core.samples import flatten
 from parasym.symmetry.dictionary import DictionaryAction, Place, Term, by_unit, put, units
-from parasym.symmetry.full import audit_full_size
+from parasym.symmetry.full import architecture, audit_full_size
 from parasym.symmetry.search import search
 from parasym.symmetry.symmetry import Level, Params, Symmetry
 
@@ -99,23 +99,41 @@ class Charge:
         Returns:
             Tensor of `shape`, float64. Differentiable, and may be vmapped over.
         """
-        device = next((x[n].device for n in self.parameters if n in x), torch.device("cpu"))
-        total = torch.zeros(self.shape, dtype=torch.float64, device=device)
+        return self.forms((x, y), ((0, 1),), scale, power)[0]
+
+    def forms(
+        self, vectors: Sequence[Params], pairs: Sequence[tuple[int, int]], scale: Mapping[str, float] | None = None, power: int = 1
+    ) -> Tensor:
+        """Several forms q(vectors[i], vectors[j]) in one pass over the vectors; the other arguments as in `form`.
+
+        Returns:
+            Tensor (pairs, *shape), float64.
+        """
+        first = vectors[pairs[0][0]]
+        device = next((first[n].device for n in self.parameters if n in first), torch.device("cpu"))
+        totals = [torch.zeros(self.shape, dtype=torch.float64, device=device) for _ in pairs]
         for block in self.blocks:
             name = block.place.parameter
-            if name not in x or (name not in y and self.kind != "linear"):
-                continue
             factor = block.weight**power * (scale.get(name, 1.0) if scale is not None else 1.0)
-            total = self._added(total, block, x[name], y.get(name), factor)
-        return total
+            seen: dict[int, Tensor] = {}
+            for k, (i, j) in enumerate(pairs):
+                if name not in vectors[i] or (name not in vectors[j] and self.kind != "linear"):
+                    continue
+                for v in (i,) if self.kind == "linear" else (i, j):
+                    key = id(vectors[v][name])
+                    if key not in seen:
+                        seen[key] = units(vectors[v][name], block.place).to(torch.float64)
+                other = None if self.kind == "linear" else seen[id(vectors[j][name])]
+                totals[k] = self._added(totals[k], block, seen[id(vectors[i][name])], other, factor)
+        return torch.stack(totals)
 
-    def _added(self, total: Tensor, block: Block, x: Tensor, y: Tensor | None, factor: float) -> Tensor:
-        u, at = units(x.to(torch.float64), block.place), block.copy.to(x.device)
+    def _added(self, total: Tensor, block: Block, u: Tensor, v: Tensor | None, factor: float) -> Tensor:
+        """A total with one block's part of q(u, v) added; u and v: (rest, n, m) float64."""
+        at = block.copy.to(u.device)
         if self.kind == "linear":
             each = u.sum(1)
         else:
-            assert y is not None
-            v = u if y is x else units(y.to(torch.float64), block.place)
+            assert v is not None
             if self.kind == "quadratic":
                 each = (u * v).sum(1)
             elif at.shape[0] == 1:  # (m, n, n): the rest axes belong to one copy, so they are summed at once
@@ -415,11 +433,25 @@ def charges(
     Raises:
         InputError, TraceError: what, where, and what to do.
     """
+    return discover(model, args, kwargs, head=head, approximate=approximate, seed=seed)[0]
+
+
+def discover(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    head: Any = None,
+    approximate: bool = True,
+    seed: int = 0,
+) -> tuple[ChargeSet, list[Symmetry]]:
+    """As `charges`, and the symmetries they were taken from. The model may be on the meta device: no weights are read then."""
     with rng_state():
         model = _still(functional(model, values=False).model)
-        exact = charges_of(_symmetries(model, args, kwargs, seed, head))
+        symmetries = _symmetries(model, args, kwargs, seed, head)
+        exact = charges_of(symmetries)
         if not (approximate and any(isinstance(getattr(m, "eps", None), float) for m in model.modules())):
-            return exact
+            return exact, symmetries
         twin = copy.deepcopy(model)
         for m in twin.modules():
             if isinstance(getattr(m, "eps", None), float):
@@ -427,7 +459,7 @@ def charges(
         ideal = charges_of(_symmetries(twin, args, kwargs, seed, None))  # the head sees no eps
     known = {(c.name, c.parameters) for c in exact}
     more = tuple(replace(c, approximate=True) for c in ideal if (c.name, c.parameters) not in known)
-    return ChargeSet((*exact.charges, *more), exact.without)
+    return ChargeSet((*exact.charges, *more), exact.without), symmetries
 
 
 def _still(model: nn.Module) -> nn.Module:
@@ -443,6 +475,8 @@ def _still(model: nn.Module) -> nn.Module:
 
 def _symmetries(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, seed: int, head: Any) -> list[Symmetry]:
     generator = torch.Generator().manual_seed(seed)
+    if any(p.is_meta for p in model.parameters()):
+        return list(architecture(model, args, kwargs, generator, lambda stage, fraction: None))
     graph = trace(model, args, kwargs)
     batch = [flatten(graph, args, kwargs)]
     size = sum(p.numel() for p in graph.params.values())

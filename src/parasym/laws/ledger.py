@@ -170,7 +170,7 @@ class Ledger:
         row = _Row(charge, names, metric, value.cpu(), momentum.cpu(), 0.0, exact=not note, note=note)
         zero = torch.zeros_like(row.value)
         row.history.append((0, row.value, row.value, zero, zero, zero))
-        row.size = _size(charge, point, metric)
+        row.size = size_of(charge, point, metric)
         return row
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -233,7 +233,7 @@ class Ledger:
             row.exact = not row.note
         decay, source, cross = self._law(row, old) if row.exact else self._identity(row, old, new)
         row.value = row.value + decay + source + cross
-        row.size = max(row.size, _size(charge, new, row.metric))
+        row.size = max(row.size, size_of(charge, new, row.metric))
         if self.step % self.every == 0:
             row.history.append((self.step, charge(new, row.metric).cpu(), row.value, decay, source, cross))
 
@@ -294,8 +294,8 @@ class Ledger:
         dec, move = {}, {}
         for n in row.names:
             group = self._group.get(id(self.params[n]))
-            decoupled = group is not None and (type(self.optimizer).__name__ in _DECOUPLED or bool(group.get("decoupled_weight_decay")))
-            dec[n] = 1 - float(group["lr"]) * float(group["weight_decay"]) if decoupled and group is not None else 1.0
+            known = group is not None and decoupled(self.optimizer, group)
+            dec[n] = 1 - float(group["lr"]) * float(group["weight_decay"]) if known and group is not None else 1.0
             move[n] = dec[n] * old[n] - new[n]
         charge, metric = row.charge, row.metric
         shrink = {n: metric[n] * (dec[n] if charge.kind == "linear" else dec[n] ** 2) - metric[n] for n in row.names}
@@ -339,6 +339,11 @@ class Ledger:
         return out
 
 
+def decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether a group's weight decay multiplies the weights instead of adding to the gradient."""
+    return type(optimizer).__name__ in _DECOUPLED or bool(group.get("decoupled_weight_decay"))
+
+
 def _parameters(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Canonical names -> the live parameters (not detached copies)."""
     if isinstance(model, Mapping):
@@ -350,7 +355,7 @@ def _parameters(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: live[n] for n in f.params}
 
 
-def _size(charge: Charge, point: Mapping[str, Tensor], metric: Mapping[str, float]) -> float:
+def size_of(charge: Charge, point: Mapping[str, Tensor], metric: Mapping[str, float]) -> float:
     """sum |a| theta^2 of the largest number: the scale of round-off."""
     if charge.kind == "linear":
         return max(float(charge.form({n: p.abs() for n, p in point.items()}, point, metric).abs().max()), 1e-300)
