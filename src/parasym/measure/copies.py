@@ -73,7 +73,9 @@ def _blocks(stored: Sequence[Stored]) -> list[Block]:
         if total <= _EXACT:
             directions = torch.eye(total, dtype=torch.float32)[sum(widths[:k]) : sum(widths[: k + 1])]
         else:
-            directions = torch.randn(widths[k], _SKETCH, generator=torch.Generator().manual_seed(k), dtype=torch.float32) / math.sqrt(_SKETCH)
+            directions = torch.randn(widths[k], _SKETCH, generator=torch.Generator().manual_seed(k), dtype=torch.float32) / math.sqrt(
+                _SKETCH
+            )
         by_place = directions.reshape(at.shape[1], -1, directions.shape[1])
         square, sketch = torch.zeros(len(at), dtype=torch.float64), torch.zeros(len(at), directions.shape[1], dtype=torch.float32)
         for part, rest, which in parts(values, axis, at.T):

@@ -48,7 +48,6 @@ class Meter:
 
     def after(self, step: int) -> int:
         """The first step from this one on that ``every`` allows."""
-        step = max(step, self.last + self.every) if self.times else step
         return self.every * math.ceil(step / self.every) if self.times else step
 
     def cost(self, step_time: float) -> float:

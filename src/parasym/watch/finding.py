@@ -57,20 +57,24 @@ def find(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], head:
     """
     with rng_state():
         copied, args, kwargs, notes = _searchable(model, tuple(args), dict(kwargs))
+        wide = args, kwargs
+        args, kwargs = few(args, kwargs)
         found, symmetries = discover(copied, args, kwargs, head=head, seed=seed)
         actions = [s.action for s in symmetries]
         entries = [a.entry for a in actions if isinstance(a, DictionaryAction)]
         hollow = any(p.is_meta for p in copied.parameters())
+        args, kwargs = wide if not hollow else (args, kwargs)  # units are dead or alive on all the data at hand
         if not (copied.training and batch_statistics(graph := trace(copied, args, kwargs, values=not hollow))):
             graph = trace(copied.eval(), args, kwargs, values=not hollow)
         batch = None if hollow else flatten(graph, args, kwargs)
     return Found(found.charges, found.without, graph, find_spaces(graph), entries, batch, notes)
 
 
-def _searchable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], list[str]]:
+def _searchable(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], list[str]]:
     """A copy that can be traced, and the arguments for it: no labels, no cache, few samples; on the meta device where it is sharded."""
     inner = functional(model, values=False).model
-    args, kwargs = few(args, kwargs)
     notes = []
     if any(is_sharded(p) for p in inner.parameters()):
         copied = hollow_copy(inner)
@@ -80,7 +84,6 @@ def _searchable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         copied = copy.deepcopy(inner)
     for p in copied.parameters():
         p.grad = None
-    copied._forward_pre_hooks.clear()
     config = getattr(copied, "config", None)
     if config is not None and getattr(config, "use_cache", None):
         config.use_cache = False  # a cache in the output cannot be traced

@@ -1,8 +1,8 @@
 """Gradient noise of a run from the gradients it computes anyway: of two successive steps, and of the micro-batches of one step.
 
-Two gradients a, b of independent batches at (nearly) the same weights have E|a - b|^2 / 2 = tr Sigma_B and E<a, b> = |grad L|^2, Sigma_B the
-covariance of a batch's gradient. With k micro-batches in a step the first one and the whole give the same two numbers without a second
-step. Single pairs are noisy, so sums over observations are kept; their spread gives the standard error.
+Two gradients a, b of independent batches at (nearly) the same weights have E|a - b|^2 / 2 = tr Sigma_B and E<a, b> = |grad L|^2, where
+Sigma_B is the covariance of a batch's gradient. With k micro-batches in a step, the first one and the whole give the same two numbers
+without a second step. Single pairs are noisy, so sums over observations are kept; their spread gives the standard error.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import logging
 import math
 import time as clock
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from parasym.watch.budget import NEVER, Budget, Meter
 from parasym.watch.finding import Found, few, find, is_sharded, whole
 from parasym.watch.noise import MicroNoise, PairNoise
 from parasym.watch.noise import restore as restore_pairs
-from parasym.watch.probe import collapse_rows, collapse_summary, remedy_of, sample_rows, sharpness_rows
+from parasym.watch.probe import COLLAPSED, collapse_rows, collapse_summary, remedy_of, sample_rows, sharpness_rows
 from parasym.watch.record import Alert, Record, Row
 from parasym.watch.sinks import Sink, Sinks
 
@@ -196,11 +197,9 @@ class Watch:
     def _capture_next(self) -> None:
         if getattr(self._inner, "_compiled_call_impl", None) is not None and self.model is self._inner:
             return  # compiled in place: a hook would become part of the compiled program
-        self._capture = self.model.register_forward_pre_hook(self._on_call, with_kwargs=True)
+        self._capture = self.model.register_forward_pre_hook(_FirstCall(self), with_kwargs=True)
 
-    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
+    def _on_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         handle, self._capture = self._capture, None
         if handle is not None:
             handle.remove()
@@ -347,8 +346,11 @@ class Watch:
         """Which measurements can be made on this run."""
         if self.found is None:
             self._give_up("collapse", "no graph of the model was found")
-        if self._batch is None and self.loss_fn is None and self._captured is not None and any(
-            k in self._captured[1] for k in ("labels", "label", "label_ids")
+        if (
+            self._batch is None
+            and self.loss_fn is None
+            and self._captured is not None
+            and any(k in self._captured[1] for k in ("labels", "label", "label_ids"))
         ):
             drop = {k: v for k, v in self._captured[1].items() if k != "num_items_in_batch"}
             self._batch = drop if not self._captured[0] else None
@@ -404,7 +406,7 @@ class Watch:
                 for book in broken:
                     self._tell(
                         "info", book.where, f"{book.label}: three observed steps in a row changed the charge by more than its law and "
-                        "round-off allow", "does the loss have this symmetry? (a penalty on weights, another mode, low precision)", "charge",
+                        "round-off allow", "does the loss have this symmetry (no penalty on weights, the same mode)?", "charge",
                     )  # fmt: skip
             self.budget.finished("core", self.step)
         if "noise" in self._due and self._pairs.waiting and not (self._distributed or self._sharded):
@@ -440,11 +442,12 @@ class Watch:
             self._give_up("collapse", f"{type(error).__name__}: {str(error)[:200]}")
             return
         summary = collapse_summary(rows, self._seen_collapse)
-        worst = max((r.value for r in summary), default=0.0)
+        worst = max((r.value for r in summary if r.name in COLLAPSED), default=0.0)
         note = "on data" if data else "from weights alone"
         self._rows += [*summary, Row("largest share of collapsed units", "", "collapse", worst, note=note)]
         for row in summary:
-            self._collapse_alert(row, rows)
+            if row.name in COLLAPSED:
+                self._collapse_alert(row, rows)
 
     def _collapse_alert(self, row: Row, rows: Sequence[Mapping[str, Any]]) -> None:
         """A share of a layer's units that grew by 5 points or more since it was last told."""
@@ -637,6 +640,25 @@ class Watch:
         self._stored = None
 
 
+class _FirstCall:
+    """The hook that waits for the model's first call; in a copy of the model (an average, a saved module) it does nothing."""
+
+    def __init__(self, watcher: Watch | None = None) -> None:
+        self._watcher = None if watcher is None else weakref.ref(watcher)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or self._watcher is None:
+            return
+        if (watcher := self._watcher()) is not None:
+            watcher._on_call(args, kwargs)
+
+    def __deepcopy__(self, memo: Any) -> _FirstCall:
+        return _FirstCall()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _FirstCall, ()
+
+
 class _Whole(Mapping[str, Tensor]):
     """Sharded parameters, gathered when they are read."""
 
@@ -679,4 +701,3 @@ def _call_of(batch: Any, loss_fn: LossFn | None) -> tuple[tuple[Any, ...], dict[
     if isinstance(inputs, Mapping):
         return few((), dict(inputs), _CAPTURED)
     return few(tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}, _CAPTURED)
-

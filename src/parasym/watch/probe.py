@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-
 from typing import Any
 
 import torch
@@ -95,6 +94,9 @@ def sharpness_rows(model: nn.Module, loss_fn: LossFn | None, batch: Any, optimiz
     return rows
 
 
+COLLAPSED = ("dead", "duplicate", "rank", "head", "norm-dead")
+"""Kinds of finding that are collapsed sets; the others (imbalance, linear units) are shown beside them."""
+
 REMEDIES = {
     "dead": "parasym.methods.syre keeps units out of collapsed sets",
     "duplicate": "parasym.methods.syre keeps units out of collapsed sets",
@@ -144,5 +146,3 @@ def remedy_of(row: Row, rows: Sequence[Mapping[str, Any]]) -> str:
             for a in advice([dict(r)]):
                 return a["command"] or a["why"]
     return ""
-
-
