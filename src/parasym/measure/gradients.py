@@ -7,6 +7,7 @@ wanted and every parameter belongs to a known layer, they come from two passes o
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -457,15 +458,15 @@ def _embedding(m: nn.Embedding, ids: Tensor, d: Tensor) -> tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class GradientMoments:
-    """First and second moments of gradients over samples (or over batches), in float64.
+    """First and second moments of gradients over samples (or over batches).
 
     Attributes:
         count: number of samples n (or batches).
         unit: "sample" or "batch"; with "batch" every quantity is that of a batch gradient of ``size`` samples.
         size: samples in a unit.
         loss: mean loss.
-        mean: name -> E g, of the parameter's shape.
-        square: name -> E g^2 entry by entry; empty when it was not asked for.
+        means: name -> E g, of the parameter's shape, as it was summed: one batch in the model's own type, several in float64.
+        squares: name -> E g^2 entry by entry, likewise; empty when it was not asked for.
         norms: (n,) of |g|^2.
         forms: name -> (mean, standard error) of each quadratic form that was asked for.
         backend, reason: what computed the gradients, and why not vmap.
@@ -475,17 +476,27 @@ class GradientMoments:
     unit: str
     size: int
     loss: float
-    mean: Gradient
-    square: Gradient
+    means: Gradient
+    squares: Gradient
     norms: Tensor
     forms: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     backend: str = ""
     reason: str = ""
 
+    @functools.cached_property
+    def mean(self) -> Gradient:
+        """name -> E g, of the parameter's shape, float64."""
+        return {k: g.double() for k, g in self.means.items()}
+
+    @functools.cached_property
+    def square(self) -> Gradient:
+        """name -> E g^2 entry by entry, float64; empty when it was not asked for."""
+        return {k: g.double() for k, g in self.squares.items()}
+
     @property
     def mean_square(self) -> float:
         """|E g|^2 as computed: its expectation exceeds the true one by tr Sigma / n."""
-        return sum(float(g.square().sum()) for g in self.mean.values())
+        return sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in self.means.values())
 
     def noise_trace(self) -> Estimate:
         """tr Sigma, the trace of the covariance of a unit's gradient: unbiased, with a standard error."""
@@ -703,9 +714,9 @@ class _Sums:
             if value is None:
                 continue
             if name in held:
-                held[name].lerp_(value.double(), share)
+                held[name] = held[name].double().lerp_(value.double(), share)
             else:
-                held[name] = value.double()
+                held[name] = value  # as it is: most callers have one batch, and a copy in float64 costs as much as a pass
 
     def result(self, unit: str, size: int) -> GradientMoments:
         """The moments of everything that was added."""
