@@ -1,0 +1,379 @@
+"""syre: weight decay towards a small fixed random point, which removes reflection symmetries and the collapse they cause.
+
+The regulariser is gamma sum D (theta - theta0)^2 (torch's ``weight_decay`` is 2 gamma), theta0 drawn once and frozen, D = 1 or a
+random diagonal metric close to 1. Three ways to train with it: a penalty in the loss, a shift of the coordinates (any optimiser's own
+decay then pulls to theta0), or a hook on the optimiser that turns its decay to zero into decay to theta0.
+
+Source: syre R3-R6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from parasym.core.errors import InputError
+from parasym.core.results import Estimate
+from parasym.methods.decay import Decay, decay_of, decay_rate
+from parasym.methods.reparametrize import Lift, Reparametrization, select
+
+Metric = Literal["identity", "random"]
+_LOW = (torch.bfloat16, torch.float16)
+_KEYS = ("syre_seed", "syre_step")
+
+
+class Syre:
+    """The point theta0 that weights decay to, and the metric D; made by `syre`.
+
+    Attributes:
+        parameters: name -> parameter; tied weights once.
+        sigma0: name -> standard deviation of theta0 about its centre, in units of the weights.
+        centre: name -> 1 for the gains of norms, 0 for everything else.
+        seed: theta0 and D follow from it (on one platform; the state dict carries the numbers themselves).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        sigma0: Mapping[str, float],
+        centre: Mapping[str, float],
+        spread: float | None,
+        seed: int,
+        stored: bool,
+    ) -> None:
+        self.model, self.parameters, self.sigma0, self.centre = model, dict(parameters), dict(sigma0), dict(centre)
+        self.spread, self.seed, self.stored = spread, seed, stored
+        self._points: dict[str, Tensor] = {}
+        self._excess: dict[str, Tensor] = {}
+        if stored:
+            for name in self.parameters:
+                self._points[name] = self._draw(name, 0)
+                if spread:
+                    self._excess[name] = self._draw(name, 1)
+
+    @property
+    def metric(self) -> Metric:
+        """ "random" where D is drawn, "identity" where it is 1."""
+        return "random" if self.spread else "identity"
+
+    def theta0(self, name: str) -> Tensor:
+        """The point one parameter decays to, shaped, placed and sharded like it."""
+        return self._points[name] if self.stored else self._draw(name, 0)
+
+    def excess(self, name: str) -> Tensor | None:
+        """D - 1 of one parameter, in float32 or wider (1 + xi has too few distinct values near 1); None for D = 1."""
+        if not self.spread:
+            return None
+        return self._excess[name] if self.stored else self._draw(name, 1)
+
+    def penalty(self) -> Tensor:
+        """sum D (theta - theta0)^2 over all parameters, a scalar; the loss gets gamma times it, and the optimiser no decay."""
+        total = None
+        for name, p in self.parameters.items():
+            d = p - self.theta0(name)
+            xi = self.excess(name)
+            part = d.square().sum() if xi is None else (d * (d + d * xi)).sum()
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def shift(self) -> Reparametrization:
+        """theta = theta0 + phi / sqrt(D), phi trained: an optimiser's decay of phi, coupled or not, is decay towards theta0.
+
+        theta0 is a buffer of the parametrised module, so the model's ``state_dict`` carries it.
+
+        Returns:
+            A handle: ``apply(optimizer)``, then ``bake()`` or ``undo()``.
+        """
+        lifts: dict[str, Lift] = {n: Shift(self.theta0(n), self.excess(n)) for n in self.parameters}
+        return Reparametrization("syre", self.model, lifts, summary=self._summary())
+
+    def attach(self, optimizer: Optimizer, *, every: int = 1, decay: Decay | None = None) -> Pull:
+        """Make an optimiser's own weight decay pull towards theta0, in every group whose ``weight_decay`` is positive.
+
+        Args:
+            optimizer: any torch optimiser with weight decay, in the gradient or decoupled (AdamW); LaProp.
+            every: steps from one pull to the next, for decoupled decay: the shrinking part acts at every step, the pull of several
+                steps is then added at once (exact but for the gradients in between, which see a point off by every * lr *
+                weight_decay * theta0). Saves memory traffic where steps are cheap.
+            decay: how the decay of an optimiser of an unknown class acts.
+
+        Returns:
+            A handle: ``undo()`` and ``bake()`` both leave the weights, and give the optimiser its plain decay back.
+        """
+        return Pull(self, optimizer, every, decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """theta0 and D - 1 by name, and what they were drawn with. Save it with the checkpoint (`Pull` needs it; a shift has buffers)."""
+        return {
+            "seed": self.seed,
+            "spread": self.spread,
+            "sigma0": dict(self.sigma0),
+            "theta0": {n: self.theta0(n) for n in self.parameters} if self.stored else {},
+            "excess": {n: self.excess(n) for n in self.parameters} if self.stored and self.spread else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take theta0 and D from a `state_dict`.
+
+        Raises:
+            InputError: other parameters, shapes or metric than this one's.
+        """
+        if set(state["sigma0"]) != set(self.parameters) or bool(state["spread"]) != bool(self.spread):
+            raise InputError("This syre state belongs to other parameters or another metric: build syre() with the same arguments first.")
+        for table, mine in ((state["theta0"], self._points), (state["excess"], self._excess)):
+            for name, value in table.items():
+                if value.shape != self.parameters[name].shape:
+                    raise InputError(f"theta0 of {name!r} has shape {tuple(value.shape)}, not {tuple(self.parameters[name].shape)}.")
+                if name in mine:
+                    mine[name].copy_(value)
+        self.seed, self.spread, self.sigma0 = state["seed"], state["spread"], dict(state["sigma0"])
+
+    def gap(self, reflected: Mapping[str, Tensor], gamma: float) -> Estimate:
+        """l_r(R theta) - l_r(theta) for weights R theta of equal loss l: gamma (|R theta - theta0|^2_D - |theta - theta0|^2_D).
+
+        For a mirror O it is 4 gamma c.c0 with c = O^T theta, c0 = O^T theta0 (D = 1): zero only if c0 = 0. Source: syre R3.
+        """
+        total = 0.0
+        for name, p in self.parameters.items():
+            if name in reflected:
+                xi = self.excess(name)
+                weight = 1.0 if xi is None else 1 + xi.double()
+                point = self.theta0(name).double()
+                moved = (weight * (reflected[name].double() - point).square()).sum()
+                total += float(moved - (weight * (p.detach().double() - point).square()).sum())
+        return Estimate(gamma * total, refs=("syre R3",))
+
+    def _summary(self) -> dict[str, Any]:
+        sizes = {"smallest": min(self.sigma0.values()), "largest": max(self.sigma0.values())}
+        return {"parameters": len(self.parameters), "sigma0": sizes, "metric": self.metric, "seed": self.seed}
+
+    def _draw(self, name: str, which: int) -> Tensor:
+        """theta0 (0) or D - 1 (1) of one parameter: a stream of its own for each, whatever the others are."""
+        p = self.parameters[name]
+        index = list(self.parameters).index(name)
+        stream = torch.Generator().manual_seed((self.seed * 1_000_003 + 2 * index + which) % 2**63)
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        if which == 0:
+            value = self.centre[name] + self.sigma0[name] * torch.randn(p.shape, generator=stream, dtype=wide)
+            return _like(p, value.to(p.dtype))
+        assert self.spread is not None
+        return _like(p, self.spread * (2 * torch.rand(p.shape, generator=stream, dtype=wide) - 1))
+
+
+class Shift(Lift):
+    """theta = theta0 + phi / sqrt(D)."""
+
+    theta0: Tensor
+    scale: Tensor | None
+
+    def __init__(self, theta0: Tensor, excess: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("theta0", theta0.clone())
+        self.register_buffer("scale", None if excess is None else (1 + excess).rsqrt().to(theta0.dtype))
+
+    def forward(self, phi: Tensor) -> Tensor:
+        return phi + self.theta0 if self.scale is None else phi * self.scale + self.theta0
+
+    def split(self, weight: Tensor) -> Tensor:
+        return weight - self.theta0 if self.scale is None else (weight - self.theta0) / self.scale
+
+    def push(self, law: str, buffer: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (buffer if self.scale is None else buffer * _power(self.scale, law),)
+
+    def pull(self, law: str, buffers: tuple[Tensor, ...], weight: Tensor) -> Tensor:
+        return buffers[0] if self.scale is None else buffers[0] / _power(self.scale, law)
+
+
+class Pull:
+    """An optimiser whose weight decay goes to theta0: hooks before and after each step. Made by `Syre.attach`.
+
+    Coupled decay: the gradient gets weight_decay (D (theta - theta0) - theta) before the step, so ``grad`` holds the pull afterwards.
+    Decoupled: the optimiser shrinks the weights as ever, and the rest of the pull is added after the step (exact for D = 1; the part
+    of D - 1 is taken at the new point). Works with any group options, scalers and shards. The optimiser's ``state_dict`` carries the
+    seed and the count of steps; save `Syre.state_dict` beside it.
+    """
+
+    def __init__(self, anchor: Syre, optimizer: Optimizer, every: int = 1, decay: Decay | None = None) -> None:
+        if every < 1:
+            raise InputError(f"every must be at least 1, got {every}.")
+        if any("syre_seed" in g for g in optimizer.param_groups):
+            raise InputError("This optimiser decays to a random point already: undo() the first.")
+        self.anchor, self.optimizer, self.every, self.told = anchor, optimizer, every, decay
+        self._names = {p: n for n, p in anchor.parameters.items()}
+        pulled = False
+        for group in optimizer.param_groups:
+            kind = decay_of(optimizer, group, decay) if group.get("weight_decay") or "weight_decay" not in group else "decoupled"
+            if kind == "l2" and every > 1 and group["weight_decay"]:
+                raise InputError("every > 1 needs decoupled weight decay: in the gradient the pull must be there at every step.")
+            mine = [p for p in group["params"] if p in self._names]
+            pulled |= bool(mine and group["weight_decay"])
+        if not pulled:
+            raise InputError(
+                "No group of this optimiser has weight decay on a parameter of the model: without decay theta0 does nothing "
+                "(syre Prop. 1). Set weight_decay, and give syre and the optimiser the same model."
+            )
+        for group in optimizer.param_groups:
+            group["syre_seed"], group["syre_step"] = anchor.seed, 0
+        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+
+    def undo(self) -> None:
+        """Give the optimiser its plain decay back; the weights stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        for group in self.optimizer.param_groups:
+            for key in _KEYS:
+                group.pop(key, None)
+
+    def bake(self) -> nn.Module:
+        """The same as `undo`: the weights are plain all along. Returns the model."""
+        self.undo()
+        return self.anchor.model
+
+    def _groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor], list[str], Decay]]:
+        for group in self.optimizer.param_groups:
+            if "syre_seed" not in group:  # added since
+                group["syre_seed"], group["syre_step"] = self.anchor.seed, 0
+            if group["syre_seed"] != self.anchor.seed:
+                raise InputError(
+                    f"This optimiser was trained towards the theta0 of seed {group['syre_seed']}, not {self.anchor.seed}: "
+                    "load the syre state saved with it (Syre.load_state_dict)."
+                )
+            if group["weight_decay"]:
+                params = [p for p in group["params"] if p in self._names and p.grad is not None]
+                if params:
+                    yield group, params, [self._names[p] for p in params], decay_of(self.optimizer, group, self.told)
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group, params, names, kind in self._groups():
+            if kind == "l2":
+                scale = getattr(optimizer, "grad_scale", None)  # a fused step unscales by itself
+                rate = (1.0 if group.get("maximize") else -1.0) * group["weight_decay"]
+                grads = [p.grad for p in params if p.grad is not None]
+                _add(grads, self._pull(params, names), rate if scale is None else rate * scale.to(params[0].dtype))
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group, params, names, kind in self._groups():
+            group["syre_step"] += 1
+            if kind == "decoupled" and group["syre_step"] % self.every == 0:
+                rate = decay_rate(optimizer, group)
+                lost = 1 - (1 - rate) ** self.every if self.every > 1 else rate
+                found = getattr(optimizer, "found_inf", None)  # a fused step skips by itself
+                _add(params, self._pull(params, names), lost if found is None else lost * (1 - found.to(params[0].dtype)))
+
+    def _pull(self, params: list[Tensor], names: list[str]) -> list[Tensor]:
+        """theta - D (theta - theta0) for each parameter: what decay towards theta0 gives beyond the plain one."""
+        points = [self.anchor.theta0(n) for n in names]
+        if not self.anchor.spread:
+            return points
+        moves = []
+        for p, point, n in zip(params, points, names, strict=True):
+            xi = self.anchor.excess(n)
+            assert xi is not None
+            moves.append(torch.addcmul(point, point - p, xi))
+        return moves
+
+
+def syre(
+    model: nn.Module,
+    sigma0: float | None = None,
+    *,
+    metric: Metric = "identity",
+    spread: float = 0.01,
+    include: Callable[[str, Tensor], bool] | None = None,
+    seed: int = 0,
+    stored: bool = True,
+) -> Syre:
+    """Draw the random point that weights decay to. The model is not touched.
+
+    Args:
+        model: any module; its trainable floating-point parameters take part, tied weights once.
+        sigma0: standard deviation of theta0 in units of the weights. None: 0.01 of the usual initial standard deviation of each tensor,
+            0.01 / sqrt(fan_in) (fan_in * kernel for convolutions; a bias takes the fan_in of its layer; 0.01 for norms and embeddings).
+            Where plain decay would actively collapse the model, 0.05-0.1 is needed (R6).
+        metric: "random" draws D ~ U(1 - spread, 1 + spread), which also removes continuous families (R4).
+        spread: half-width of D, at most 1.
+        include: (name, parameter) -> whether it takes part; default all.
+        seed: of theta0 and D.
+        stored: False draws theta0 anew at each use: no memory, more time.
+
+    Raises:
+        InputError: no such parameters, NaN weights, integer parameters only, a random metric on half-precision weights (their storage
+            loses it), or a weight that is parametrised already (for ``shift``).
+
+    Gains of norms decay to 1 + theta0, everything else to theta0.
+
+    Example:
+        >>> model = nn.Linear(4, 3)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+        >>> handle = syre(model).attach(optimizer)
+    """
+    if sigma0 is not None and not (sigma0 > 0 and math.isfinite(sigma0)):
+        raise InputError(f"sigma0 must be positive: theta0 = 0 is plain decay, got {sigma0}.")
+    if metric not in ("identity", "random") or (metric == "random" and not 0 < spread < 1):
+        raise InputError(f"metric must be 'identity' or 'random' with a spread in (0, 1), got {metric!r}, {spread}.")
+    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+    chosen: dict[str, Any] = _sharded(model, include) if sharded else select(model, include)
+    low = [n for n, p in chosen.items() if p.dtype in _LOW]
+    if metric == "random" and low:
+        raise InputError(f"{low[0]!r} is {chosen[low[0]].dtype}, whose storage loses a random metric: train float32 master weights.")
+    inner = getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else getattr(model, "_orig_mod", model)
+    kinds = {n: _kind(inner, n) for n in chosen}
+    centre = {n: 1.0 if kinds[n][0] == "gain" else 0.0 for n in chosen}
+    sizes = {n: sigma0 if sigma0 is not None else 0.01 * kinds[n][1] for n in chosen}
+    return Syre(inner, chosen, sizes, centre, spread if metric == "random" else None, seed, stored)
+
+
+def _sharded(model: nn.Module, include: Callable[[str, Tensor], bool] | None) -> dict[str, nn.Parameter]:
+    chosen = {
+        n: p for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point() and (include is None or include(n, p))
+    }
+    if not chosen:
+        raise InputError("No trainable floating-point parameter of this sharded model is selected.")
+    return chosen
+
+
+def _kind(model: nn.Module, name: str) -> tuple[str, float]:
+    """What a parameter is ("gain", "norm", "table", "weight", "bias") and its usual initial standard deviation."""
+    path, _, attr = name.rpartition(".")
+    module = model.get_submodule(path.replace(".parametrizations", "") if "parametrizations" in path else path)
+    p = next(p for n, p in model.named_parameters(remove_duplicate=False) if n == name)
+    if p.dim() < 2 and "norm" in type(module).__name__.lower():
+        return ("gain" if attr == "weight" else "norm"), 1.0
+    if isinstance(module, nn.Embedding):
+        return "table", 1.0
+    if p.dim() >= 2:
+        return "weight", (p.numel() / p.shape[0]) ** -0.5
+    sibling = getattr(module, attr.replace("bias", "weight"), None) if "bias" in attr else None
+    fan = sibling.numel() / sibling.shape[0] if isinstance(sibling, Tensor) and sibling.dim() >= 2 else max(1, p.numel())
+    return "bias", fan**-0.5
+
+
+def _like(p: Tensor, value: Tensor) -> Tensor:
+    """A full tensor placed like p: on its device, and cut like it where it is sharded."""
+    if hasattr(p, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh: Any = getattr(p, "device_mesh", None)
+        return distribute_tensor(value.to(p.device), mesh, p.placements, src_data_rank=None)
+    return value.to(p.device)
+
+
+def _power(scale: Tensor, law: str) -> Tensor:
+    return scale.square() if law == "square" else torch.ones_like(scale) if law == "step" else scale
+
+
+def _add(targets: list[Tensor], moves: list[Tensor], rate: float | Tensor) -> None:
+    """targets += rate * moves, in place."""
+    if isinstance(rate, Tensor):
+        torch._foreach_add_(targets, torch._foreach_mul(moves, rate.to(targets[0].device)))
+    else:
+        torch._foreach_add_(targets, moves, alpha=rate)
