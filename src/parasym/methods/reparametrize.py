@@ -212,6 +212,8 @@ class Reparametrization:
 
     def _remade(self, name: str, mine: Mapping[str, Tensor]) -> Tensor:
         lift = self.lifts[name]
+        if getattr(lift, "partners", None):
+            raise InputError(f"{name!r} shares normal directions with other parameters: bake() the model to get its plain weights.")
         keys = sorted(k for k in mine if k.startswith("original"))
         inner = {k.removeprefix("0."): v for k, v in mine.items() if k.startswith("0.")}
         return torch.func.functional_call(lift, inner, tuple(mine[k] for k in keys))
@@ -333,12 +335,16 @@ class _Taken:
             for n, p in kept.items():
                 p.grad = grads[n]
             raise
-        taken.lifted = {n: tuple(p.detach().clone() for p in originals(*places[n][0])) for n in places}
+        taken.lifted = {n: tuple(p.detach().clone() for p in taken.trained(plan, n)) for n in places}
         return taken
+
+    def trained(self, plan: Reparametrization, name: str) -> tuple[nn.Parameter, ...]:
+        """Everything that is trained in place of a weight."""
+        return (*originals(*self.places[name][0]), *(p for p, _ in plan.lifts[name].extra()))
 
     def changed(self, plan: Reparametrization) -> str | None:
         for n, values in self.lifted.items():
-            for p, v in zip(originals(*self.places[n][0]), values, strict=True):
+            for p, v in zip(self.trained(plan, n), values, strict=True):
                 if not torch.equal(p.detach(), v):
                     return n
         return None
