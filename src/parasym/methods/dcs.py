@@ -9,6 +9,7 @@ Source: dcs-mirror-symmetry R4, R5.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from parasym.core.errors import InputError, NotASymmetryError
 from parasym.core.functional import functional
 from parasym.core.guards import float64_casts, preserve, rng_state
 from parasym.core.results import Estimate
-from parasym.methods.reparametrize import Lift, Reparametrization, originals
+from parasym.methods.reparametrize import Lift, Reparametrization, originals, refuse_parametrized
 from parasym.symmetry.mirror import Mirror
 
 Mode = Literal["elementwise", "group"]
@@ -174,6 +175,8 @@ def dcs(
         raise InputError(f"mode must be 'group' or 'elementwise', got {mode!r}.")
     view = functional(model)
     for name, shape in mirror.shapes.items():
+        with contextlib.suppress(AttributeError):  # no such module: told below
+            refuse_parametrized(view.model, name)
         if name not in view.params or tuple(view.params[name].shape) != shape:
             have = tuple(view.params[name].shape) if name in view.params else "none"
             hint = f"; its canonical name is {view.aliases[name]!r}" if name in view.aliases else ""

@@ -167,10 +167,7 @@ def _polished(x: np.ndarray, y: np.ndarray, w: np.ndarray, smooth: object, alpha
         if not len(on) or len(on) > n:
             break
         block = x[:, on]
-        try:
-            solved = cho_solve(cho_factor(block.T @ block / n), block.T @ y / n - alpha * signs[on])
-        except np.linalg.LinAlgError:
-            break
+        solved = _normal(block.T @ block / n, block.T @ y / n - alpha * signs[on])
         crossed = np.sign(solved) != signs[on]
         if crossed.any():
             signs[on[crossed]] = 0
@@ -183,3 +180,16 @@ def _polished(x: np.ndarray, y: np.ndarray, w: np.ndarray, smooth: object, alpha
             return out
         signs[missing] = np.sign(slope[missing])
     return w
+
+
+def _normal(gram: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """gram^-1 right, of least norm where columns depend on each other (then equal columns share their weight, with one sign)."""
+    try:
+        factor = cho_factor(gram)
+        if np.diag(factor[0]).min() ** 2 > 1e-11 * gram.diagonal().max():
+            return np.asarray(cho_solve(factor, right))
+    except np.linalg.LinAlgError:
+        pass
+    values, vectors = np.linalg.eigh(gram)
+    keep = values > 1e-11 * values[-1]
+    return np.asarray(vectors[:, keep] @ ((vectors[:, keep].T @ right) / values[keep]))

@@ -260,6 +260,8 @@ def refuse_parametrized(model: nn.Module, name: str) -> None:
         )
     path, _, attr = name.rpartition(".")
     module = model.get_submodule(path)
+    if parametrize.is_parametrized(module, attr):
+        raise InputError(f"{name!r} is parametrised already: undo() or bake() the method that did it first.")
     if hasattr(module, f"{attr}_g") or hasattr(module, f"{attr}_orig"):
         raise InputError(f"{name!r} is written by a forward hook (weight_norm or prune of old style): remove it first.")
 
@@ -296,6 +298,7 @@ class _Taken:
     groups: list[list[Tensor]]
     group_names: list[list[str] | None]
     state: dict[Tensor, dict[str, Any]]
+    order: list[tuple[nn.Module, list[str]]]
 
     @classmethod
     def install(cls, plan: Reparametrization, optimizer: Optimizer | None) -> _Taken:
@@ -304,7 +307,8 @@ class _Taken:
         kept: dict[str, nn.Parameter] = {n: p[0][0]._parameters[p[0][1]] for n, p in places.items()}  # type: ignore[misc]
         before = {n: p.detach().clone() for n, p in kept.items()}
         grads = {n: p.grad for n, p in kept.items()}
-        taken = cls(places, kept, before, {}, Estimate(0.0), optimizer, [], [], {})
+        order = [(m, list(m._parameters)) for m in dict.fromkeys(m for held in places.values() for m, _ in held)]
+        taken = cls(places, kept, before, {}, Estimate(0.0), optimizer, [], [], {}, order)
         if optimizer is not None:
             taken.groups = [list(g["params"]) for g in optimizer.param_groups]
             taken.group_names = [list(g["param_names"]) if "param_names" in g else None for g in optimizer.param_groups]
@@ -363,20 +367,25 @@ class _Taken:
                 gone.update(dict.fromkeys(behind, p) | {q: p for q, _ in lift.extra()})
                 if values is not None and name not in back:
                     back[name] = self._pulled(lift, behind, values[name])
+                _own_class(module)
                 parametrize.remove_parametrizations(module, attr, leave_parametrized=len(behind) > 1)
                 module._parameters[attr] = p
             with torch.no_grad():
                 p.set_((self.before[name] if values is None else values[name]).clone())  # type: ignore[call-overload]
             if values is not None:
                 p.grad = None
+        for module, names in self.order:  # as it was: an optimiser's state dict counts the parameters
+            table = {n: module._parameters[n] for n in names}
+            module._parameters.clear()
+            module._parameters.update(table)
         if self.optimizer is None:
             return
         groups = self.optimizer.param_groups
         del groups[len(self.groups) :]
-        for group, params, names in zip(groups, self.groups, self.group_names, strict=True):
+        for group, params, labels in zip(groups, self.groups, self.group_names, strict=True):
             group["params"] = params
-            if names is not None:
-                group["param_names"] = names
+            if labels is not None:
+                group["param_names"] = labels
         for q in gone:
             self.optimizer.state.pop(q, None)
         if values is None:
@@ -399,6 +408,13 @@ class _Taken:
                 return {}
             out[key] = part
         return out
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrised module a class of its own: torch shares it with deep copies, and takes the property off the class."""
+    kind = type(module)
+    table = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, table)
 
 
 def _register(places: list[Place], lift: Lift) -> None:
@@ -440,7 +456,7 @@ def _swap(plan: Reparametrization, taken: _Taken, optimizer: Optimizer) -> None:
             if p not in seen:
                 seen.add(p)
                 extra.setdefault((at, decay), []).append(p)
-        if new != (old,):
+        if new[0] is not old:
             keep = [j for j, q in enumerate(group["params"]) if q is not old]
             if "param_names" in group:
                 group["param_names"] = [group["param_names"][j] for j in keep]

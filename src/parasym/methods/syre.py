@@ -192,11 +192,11 @@ class Shift(Lift):
 
 
 class Pull:
-    """An optimiser whose weight decay goes to theta0: hooks before and after each step. Made by `Syre.attach`.
+    """An optimiser whose weight decay goes to theta0: a hook before each step. Made by `Syre.attach`.
 
     Coupled decay: the gradient gets weight_decay (D (theta - theta0) - theta) before the step, so ``grad`` holds the pull afterwards.
-    Decoupled: the optimiser shrinks the weights as ever, and the rest of the pull is added after the step (exact for D = 1; the part
-    of D - 1 is taken at the new point). Works with any group options, scalers and shards. The optimiser's ``state_dict`` carries the
+    Decoupled: the optimiser shrinks the weights as ever, and what is missing is added just before. Exact for any group options,
+    scalers and shards. The optimiser's ``state_dict`` carries the
     seed and the count of steps; save `Syre.state_dict` beside it.
     """
 
@@ -221,12 +221,11 @@ class Pull:
             )
         for group in optimizer.param_groups:
             group["syre_seed"], group["syre_step"] = anchor.seed, 0
-        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        self._handle = optimizer.register_step_pre_hook(self._before)
 
     def undo(self) -> None:
         """Give the optimiser its plain decay back; the weights stay as they are."""
-        for handle in self._handles:
-            handle.remove()
+        self._handle.remove()
         for group in self.optimizer.param_groups:
             for key in _KEYS:
                 group.pop(key, None)
@@ -253,21 +252,19 @@ class Pull:
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group, params, names, kind in self._groups():
-            if kind == "l2":
-                scale = getattr(optimizer, "grad_scale", None)  # a fused step unscales by itself
-                rate = (1.0 if group.get("maximize") else -1.0) * group["weight_decay"]
-                grads = [p.grad for p in params if p.grad is not None]
-                _add(grads, self._pull(params, names), rate if scale is None else rate * scale.to(params[0].dtype))
-
-    @torch.no_grad()
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group, params, names, kind in self._groups():
             group["syre_step"] += 1
-            if kind == "decoupled" and group["syre_step"] % self.every == 0:
-                rate = decay_rate(optimizer, group)
-                lost = 1 - (1 - rate) ** self.every if self.every > 1 else rate
+            like = params[0].dtype
+            if kind == "l2":
+                rate: Any = (1.0 if group.get("maximize") else -1.0) * group["weight_decay"]
+                scale = getattr(optimizer, "grad_scale", None)  # a fused step unscales by itself
+                grads = [p.grad for p in params if p.grad is not None]
+                _add(grads, self._pull(params, names), rate if scale is None else rate * scale.to(like))
+            elif group["syre_step"] % self.every == 0:
+                lost: Any = decay_rate(optimizer, group)
+                kept = 1 - lost  # this step shrinks what is added now as well
+                rate = (lost if self.every == 1 else 1 - kept**self.every) / kept
                 found = getattr(optimizer, "found_inf", None)  # a fused step skips by itself
-                _add(params, self._pull(params, names), lost if found is None else lost * (1 - found.to(params[0].dtype)))
+                _add(params, self._pull(params, names), rate if found is None else rate * (1 - found.to(like)))
 
     def _pull(self, params: list[Tensor], names: list[str]) -> list[Tensor]:
         """theta - D (theta - theta0) for each parameter: what decay towards theta0 gives beyond the plain one."""
@@ -344,7 +341,10 @@ def _sharded(model: nn.Module, include: Callable[[str, Tensor], bool] | None) ->
 def _kind(model: nn.Module, name: str) -> tuple[str, float]:
     """What a parameter is ("gain", "norm", "table", "weight", "bias") and its usual initial standard deviation."""
     path, _, attr = name.rpartition(".")
-    module = model.get_submodule(path.replace(".parametrizations", "") if "parametrizations" in path else path)
+    if "parametrizations." in path:  # made by someone else's parametrisation: what it writes says what it is
+        path, _, attr = path.rpartition("parametrizations.")
+        path = path.rstrip(".")
+    module = model.get_submodule(path)
     p = next(p for n, p in model.named_parameters(remove_duplicate=False) if n == name)
     if p.dim() < 2 and "norm" in type(module).__name__.lower():
         return ("gain" if attr == "weight" else "norm"), 1.0

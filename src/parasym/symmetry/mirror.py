@@ -141,6 +141,9 @@ class Mirror:
     @classmethod
     def equal(cls, params: Params, one: str, other: str) -> Mirror:
         """The surface where two parameters of one shape are equal (tied)."""
+        lost = [n for n in (one, other) if n not in params]
+        if lost:
+            raise InputError(f"There is no parameter {lost[0]!r} to make equal (a parametrised one has no plain value to tie).")
         if params[one].shape != params[other].shape or one == other:
             raise InputError(f"{one!r} {tuple(params[one].shape)} and {other!r} {tuple(params[other].shape)} cannot be made equal.")
         n = params[one].numel()
@@ -284,7 +287,7 @@ def _spanned(params: Params, parts: tuple[Mirror, ...], label: str) -> Mirror:
         pieces += [(starts[n] + b.index, at + b.column, b.value) for n, b in p.blocks.items()]
         at += p.rank
     entry, column, value = (torch.cat(x) for x in zip(*pieces, strict=True))
-    matrix = scipy.sparse.coo_matrix((value.numpy(), (entry.numpy(), column.numpy())), (sum(sizes), at)).tocsc()
+    matrix = scipy.sparse.coo_matrix((value.numpy(), (entry.numpy(), column.numpy())), (sum(sizes), at)).tocsr()
     touched = np.unique(entry.numpy())
     compact = matrix[touched]
     _, member = scipy.sparse.csgraph.connected_components(compact @ compact.T, directed=False)
