@@ -5,9 +5,13 @@ A model (`parasym.solvable.models`) is a frozen description; `predict`, `simulat
 `regression`, `langevin`, `escape`, `adaptive` and `chains`.
 """
 
+from parasym.solvable.balanced_net import LambdaBalancedNet
+from parasym.solvable.barlow import LinearBarlowTwins
 from parasym.solvable.contract import Comparison, Measurement, Model, NotSolvable, Prediction, Row, beside
 from parasym.solvable.edln import EDLN, LinearRegressionNetwork
 from parasym.solvable.factors import Discrete, Normal, Uniform
+from parasym.solvable.line_net import OneDLinearNet
+from parasym.solvable.minimal_rich import MinimalRich
 from parasym.solvable.models import (
     AdaptiveStep,
     DataRegression,
@@ -27,14 +31,18 @@ __all__ = [
     "DataRegression",
     "Discrete",
     "LabelNoiseRegression",
+    "LambdaBalancedNet",
+    "LinearBarlowTwins",
     "LinearRegressionNetwork",
     "LocalMaximum",
     "LogLossSDE",
     "Measurement",
+    "MinimalRich",
     "Model",
     "MomentumModes",
     "Normal",
     "NotSolvable",
+    "OneDLinearNet",
     "Prediction",
     "QuadraticSGD",
     "RandomCurvature",

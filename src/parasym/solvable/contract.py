@@ -148,12 +148,17 @@ def worst(statuses: Any) -> Status:
 
 
 def beside(
-    prediction: Prediction, measurement: Measurement, relative: float = 0.0, absolute: float = 0.0, errors: float = 5.0
+    prediction: Prediction,
+    measurement: Measurement,
+    relative: float = 0.0,
+    absolute: float | Mapping[str, float] = 0.0,
+    errors: float = 5.0,
 ) -> Comparison:
     """Align a prediction and a measurement by observable.
 
-    A row passes when it is off by at most ``errors`` standard errors + ``absolute`` + ``relative`` x |prediction|. What did not
-    converge or does not apply is never compared: its row carries that status. A row of numbers that disagree is ``violated``.
+    A row passes when it is off by at most ``errors`` standard errors + ``absolute`` (one for all, or one for each observable) +
+    ``relative`` x |prediction|. What did not converge or does not apply is never compared: its row carries that status. A row of
+    numbers that disagree is ``violated``.
 
     Raises:
         InputError: a predicted observable was not measured.
@@ -171,11 +176,12 @@ def beside(
         found = torch.as_tensor(seen.value, dtype=torch.float64)
         if expected.shape != found.shape:
             raise InputError(f"{name}: predicted with shape {tuple(expected.shape)}, measured with {tuple(found.shape)}")
+        least = absolute.get(name, 0.0) if isinstance(absolute, Mapping) else absolute
         spread = torch.as_tensor(0.0 if seen.stderr is None else seen.stderr, dtype=torch.float64).expand(found.shape)
         for k, (a, b, s) in enumerate(
             zip(expected.reshape(-1).tolist(), found.reshape(-1).tolist(), spread.reshape(-1).tolist(), strict=True)
         ):
-            tolerance = errors * s + absolute + relative * abs(a)
+            tolerance = errors * s + least + relative * abs(a)
             status: Status = "ok" if abs(a - b) <= tolerance else "violated"
             rows.append(Row(name if expected.ndim == 0 else f"{name}[{k}]", a, b, s, tolerance, status))
     return Comparison(tuple(rows), prediction, measurement)
@@ -186,9 +192,10 @@ class Model(ABC):
 
     slug: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]
+    tolerance: ClassVar[Mapping[str, Mapping[str, float]]] = {}  # kind -> observable -> absolute error of a run that samples nothing
 
-    def loss(self, theta: torch.Tensor) -> torch.Tensor:
-        """Exact mean loss at ``theta`` (..., d), differentiable, shape (...)."""
+    def loss(self, theta: Any) -> torch.Tensor:
+        """Exact mean loss at ``theta``, differentiable: (..., d) gives (...), a dict of tensors gives a scalar."""
         raise NotSolvable(f"{type(self).__name__} has no loss of its own")
 
     def data(self, count: int, seed: int) -> Mapping[str, torch.Tensor]:
@@ -224,13 +231,22 @@ class Model(ABC):
         config = {"model": type(self).__name__, "budget": budget, **{k: plain(v) for k, v in vars(self).items()}}
         return Measurement(kind, values, seed, config, time.perf_counter() - began)
 
-    def compare(self, kind: str, seed: int = 0, budget: float = 1.0, *, relative: float = 0.0, absolute: float = 0.0) -> Comparison:
-        """Theory beside a run; see `beside` for the tolerance."""
-        return beside(self.predict(kind), self.simulate(kind, seed, budget), relative, absolute)
+    def compare(
+        self,
+        kind: str,
+        seed: int = 0,
+        budget: float = 1.0,
+        *,
+        relative: float = 0.0,
+        absolute: float | Mapping[str, float] | None = None,
+    ) -> Comparison:
+        """Theory beside a run; see `beside` for the tolerance, which is the model's own where none is given."""
+        least = self.tolerance.get(kind, 0.0) if absolute is None else absolute
+        return beside(self.predict(kind), self.simulate(kind, seed, budget), relative, least)
 
     def control(self, kind: str, seed: int = 0, budget: float = 1.0) -> Comparison:
-        """A run beside what it must not agree with."""
-        return beside(self._control(self._known(kind)), self.simulate(kind, seed, budget))
+        """A run beside what it must not agree with, at the same tolerance."""
+        return beside(self._control(self._known(kind)), self.simulate(kind, seed, budget), 0.0, self.tolerance.get(kind, 0.0))
 
     def _known(self, kind: str) -> str:
         if kind not in self.kinds:

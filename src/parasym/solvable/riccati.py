@@ -19,9 +19,7 @@ from parasym.core.errors import InputError
 _STRIDE = 3.0  # largest eigenvalue x time of one step of the propagator
 
 
-def scalar(
-    a: float | Tensor, b: float | Tensor, c: float | Tensor, x0: float | Tensor, times: Sequence[float] | Tensor
-) -> Tensor:
+def scalar(a: float | Tensor, b: float | Tensor, c: float | Tensor, x0: float | Tensor, times: Sequence[float] | Tensor) -> Tensor:
     """x(t) of x' = a x^2 + b x + c, x(0) = x0, without a special case for a = 0, c = 0 or a double root.
 
     Args:
@@ -35,16 +33,15 @@ def scalar(
         InputError: not finite, a negative time, or a solution that blows up before the last time.
     """
     t = _times(times)
-    a, b, c, x0 = torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64) for v in (a, b, c, x0)))
-    if not all(bool(torch.isfinite(v).all()) for v in (a, b, c, x0)):
+    parts = torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64) for v in (a, b, c, x0)))
+    if not all(bool(torch.isfinite(v).all()) for v in parts):
         raise InputError("riccati.scalar: a coefficient or the start is not finite.")
-    a, b, c, x0 = (v[..., None] for v in (a, b, c, x0))
+    return _solved(*(v[..., None] for v in parts), t=t)
+
+
+def _solved(a: Tensor, b: Tensor, c: Tensor, x0: Tensor, *, t: Tensor) -> Tensor:
     square = b * b - 4 * a * c
-    if bool((square < 0).any()):
-        found = _turning(a, b, c, x0, square, t)
-    else:
-        found = _settling(a, b, c, x0, square.sqrt(), t)
-    return found
+    return _turning(a, b, c, x0, square, t) if bool((square < 0).any()) else _settling(a, b, c, x0, square.sqrt(), t)
 
 
 def _settling(a: Tensor, b: Tensor, c: Tensor, x0: Tensor, d: Tensor, t: Tensor) -> Tensor:

@@ -191,17 +191,19 @@ def graph_exponents(
         for k in range(max(1, draws)):
             params = generic_parameters(graph, stream, own_scale=k % 2 == 0)
             inputs = list(data) if k == 0 else draw(graph, list(data), stream)
-            J, f = _euler(graph, params, inputs, places, stream)
-            size = float(f.norm())
+            row, value = _euler(graph, params, inputs, places, stream)
+            size = float(value.norm())
             if size > 0 and math.isfinite(size):
-                rows.append(J / size)
-                rhs.append(f / size)
+                rows.append(row / size)
+                rhs.append(value / size)
     if not rows:
         return QuasiHomogeneity({}, math.inf, None, (), "not_applicable", "the output is zero (or not finite) at generic weights")
     J, f = torch.cat(rows).numpy(), torch.cat(rhs).numpy()
     particular, null, residual = _solve(J, f)
     if residual > _HOLDS:
-        note = f"no exponents satisfy Euler's identity: relative residual {residual:.2g} (a bounded or saturating output, or a constant added)"
+        note = (
+            f"no exponents satisfy Euler's identity: relative residual {residual:.2g} (a bounded or saturating output, or a constant added)"
+        )
         return QuasiHomogeneity({}, residual, None, (), "not_applicable", note)
     entries = _entries(graph, places)
     symmetries = _distinct(graph, places, entries, null)
@@ -412,6 +414,6 @@ def _pinned(graph: Graph, pin: Mapping[str, float]) -> dict[str, float]:
 def _pin_rows(graph: Graph, places: Sequence[_Place], pinned: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
     """Equations (rows over groups, values): each entry of a pinned parameter has its exponent."""
     entries = _entries(graph, places)
-    names = [{places[k].name for k in np.flatnonzero(row)}.pop() for row in entries]
+    names = [places[int(row.argmax())].name for row in entries]
     chosen = [i for i, name in enumerate(names) if name in pinned]
     return entries[chosen].reshape(len(chosen), len(places)), np.array([pinned[names[i]] for i in chosen])
