@@ -9,6 +9,7 @@ what is read unless asked for.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -474,15 +475,26 @@ class Record:
                 f"{self.path} has {'several kinds of' if found else 'no'} series {name!r} at {where!r}"
                 + (": say which kind." if found else f"; at that place it has: {', '.join(near) or 'nothing'}.")
             )
+        condition = "series.name = ? AND series.place = ? AND series.kind = ?"
+        return self._series_where(condition, found[0])[0]
+
+    def all_series(self) -> list[Series]:
+        """Every quantity over the run, in the order they first appeared, without what is superseded."""
+        return self._series_where("1", ())
+
+    def _series_where(self, condition: str, values: tuple[Any, ...]) -> list[Series]:
         rows = self._read(
-            "SELECT step, time, value, predicted, stderr, status, note FROM points JOIN segments ON segments.id = segment "
-            f"WHERE series = (SELECT id FROM series WHERE name = ? AND place = ? AND kind = ?) AND {_LIVE.format('points')} "
-            "ORDER BY step, points.id",
-            found[0],
+            "SELECT series.id, series.name, place, kind, step, time, value, predicted, stderr, status, note "
+            "FROM points JOIN series ON series.id = series JOIN segments ON segments.id = segment "
+            f"WHERE {condition} AND {_LIVE.format('points')} ORDER BY series.id, step, points.id",
+            values,
         )
-        columns: list[Any] = [list(column) for column in zip(*rows, strict=True)]
-        step, (time, value, predicted, stderr) = np.array(columns[0], dtype=np.int64), (_array(column) for column in columns[1:5])
-        return Series(*found[0], step, time, value, predicted, stderr, tuple(columns[5]), tuple(columns[6]))
+        out = []
+        for (_, name, place, kind), members in itertools.groupby(rows, key=lambda row: row[:4]):
+            step, time, value, predicted, stderr, status, note = list(zip(*members, strict=True))[4:]
+            steps, numbers = np.array(step, dtype=np.int64), (_array(time), _array(value), _array(predicted), _array(stderr))
+            out.append(Series(name, place, kind, steps, *numbers, status, note))
+        return out
 
     def table(self, kind: str | None = None, superseded: bool = False) -> dict[str, list[Any]]:
         """All rows as columns, in the order of the steps; ``pandas.DataFrame(record.table())`` is a frame.
