@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
-
 from parasym.report import words
+from parasym.report.page import label, render
 
 FLOOR = 1e-17
 """Residuals below this are drawn here: on a logarithmic axis zero has no place."""
@@ -66,11 +59,6 @@ def write_audit(audit: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
 def render_audit(audit: Mapping[str, Any]) -> str:
     """Return the page of an audit as HTML; see `write_audit`."""
     audit = words.plain(audit)
-    environment = Environment(
-        loader=PackageLoader("parasym.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(number=words.number, percent=words.percent)
-    scripts = {"plotly": get_plotlyjs().replace("\r\n", "\n"), "page": _template_text(environment, "audit.js")}
     symmetries = [
         {**item, "meaning": words.meaning(item), "bare": words.bare_name(item), "colour": KIND_COLOURS.get(item["kind"], "#888")}
         for item in audit.get("symmetries") or []
@@ -79,7 +67,10 @@ def render_audit(audit: Mapping[str, Any]) -> str:
     good, sentence = words.verdict(audit)
     graph = _graph(audit)
     figures = [figure for figure in (_completeness(audit), _collapse(audit), _certificates(symmetries)) if figure]
-    return environment.get_template("audit.html").render(
+    return render(
+        "audit.html",
+        scripts=("page.js", "audit.js"),
+        data={"figures": [{key: figure[key] for key in ("id", "traces", "layout")} for figure in figures], "graph": graph},
         audit=audit,
         model=audit["model"],
         good=good,
@@ -92,38 +83,7 @@ def render_audit(audit: Mapping[str, Any]) -> str:
         classified=_shares(audit.get("classified") or {}),
         figures={figure["id"]: figure for figure in figures},
         graph=graph,
-        data=_embedded({"figures": [{key: figure[key] for key in ("id", "traces", "layout")} for figure in figures], "graph": graph}),
-        style=Markup(_template_text(environment, "audit.css")),
-        scripts={name: Markup(text) for name, text in scripts.items()},
-        policy=" ".join(f"'sha256-{_digest(text)}'" for text in scripts.values()),
     )
-
-
-def _template_text(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
-
-
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _embedded(data: Any) -> Markup:
-    """JSON that can stand inside a script element: no ``<`` can end it."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return Markup(
-        text.replace("<", "\\u003c")
-        .replace(">", "\\u003e")
-        .replace("&", "\\u0026")
-        .replace("\u2028", "\\u2028")
-        .replace("\u2029", "\\u2029")
-    )
-
-
-def _label(text: Any) -> str:
-    """Text for plotly, which reads a little HTML in its labels; long names lose their middle."""
-    text = str(text)
-    return html.escape(text if len(text) <= 48 else f"{text[:22]}…{text[-25:]}")
 
 
 def _tiles(audit: Mapping[str, Any], symmetries: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -211,7 +171,7 @@ def _collapse(audit: Mapping[str, Any]) -> dict[str, Any] | None:
     for kind in dict.fromkeys(item["kind"] for item in items if item["kind"] != "not measured"):
         members = [item for item in items if item["kind"] == kind]
         shares = [100 * (item.get("count") or 0) / item["of"] if item.get("of") else 0 for item in members]
-        texts = [f"{item.get('count')} of {item.get('of')} {_label(kind)}; units {_label(_units(item))}" for item in members]
+        texts = [f"{item.get('count')} of {item.get('of')} {label(kind)}; units {label(_units(item))}" for item in members]
         traces.append(
             _bar(
                 kind,
@@ -230,7 +190,7 @@ def _collapse(audit: Mapping[str, Any]) -> dict[str, Any] | None:
         "yaxis": {
             "range": [len(places) - 0.5, -0.5],
             "tickvals": list(range(len(places))),
-            "ticktext": [_label(place or "(all)") for place in places],
+            "ticktext": [label(place or "(all)") for place in places],
         },
     }
     rows = [
@@ -279,7 +239,7 @@ def _certificates(symmetries: list[dict[str, Any]]) -> dict[str, Any] | None:
                     "opacity": 0.75,
                     "symbol": ["circle" if item["certified"] else "x" for item in members],
                 },
-                "customdata": [f"{_label(item['name'])}<br>residual {item['residual']:.2g}" for item in members],
+                "customdata": [f"{label(item['name'])}<br>residual {item['residual']:.2g}" for item in members],
                 "hovertemplate": "%{customdata}<extra></extra>",
             }
         )
@@ -335,7 +295,7 @@ def _certificates(symmetries: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _bar(name: str, y: Sequence[str | int], x: list[float], colour: str, hover: str, texts: list[str] | None = None) -> dict[str, Any]:
-    name = _label(name)
+    name = label(name)
     bar = {
         "type": "bar",
         "orientation": "h",

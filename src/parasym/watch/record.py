@@ -447,6 +447,11 @@ class Record:
             Segment(*row) for row in self._read("SELECT id, started, ended, outcome, pid, host, first, until FROM segments ORDER BY id")
         ]
 
+    @property
+    def superseded(self) -> int:
+        """How many rows lie beyond the checkpoint that a later segment resumed from: kept, but left out of what is read."""
+        return self._read(f"SELECT COUNT(*) FROM points JOIN segments ON segments.id = segment WHERE NOT {_LIVE.format('points')}")[0][0]
+
     def names(self) -> list[tuple[str, str, Kind]]:
         """Name, place and kind of every series that has a point not superseded, in the order they first appeared."""
         return [
