@@ -1,4 +1,4 @@
-"""The front door: `parasym audit` and `parasym gallery`."""
+"""The front door: `parasym audit`, `parasym watch` and `parasym gallery`."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ app = typer.Typer(
         "[bold]Start here[/]\n\n"
         "parasym audit model.py:build               a function of yours that returns (model, args)\n\n"
         "parasym audit path/to/hf-folder --html report.html\n\n"
+        "parasym watch tail runs/gpt                a training run, live\n\n"
         "parasym gallery list                       the papers that can be run\n\n"
         "parasym sweep probabilistic-stability --over eta=0.05:3:24 --over a=-0.99:0.97:24 --html phases.html\n\n" + EXIT_CODES
     ),
@@ -49,6 +50,20 @@ gallery = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Run the papers: what theory predicts beside what is measured.", epilog=EXIT_CODES
 )
 app.add_typer(gallery, name="gallery")
+watch = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Read a watched training run: charges beside their predictions, collapse, noise, sharpness. `parasym.watch(model, optimizer)` "
+    "in your training script writes it.",
+    epilog=(
+        "[bold]In your script[/]\n\n"
+        'with parasym.watch(model, optimizer, path="runs/gpt") as run:    then train as ever; run.log(loss=loss) adds the loss\n\n'
+        "[bold]Beside it, or afterwards[/]\n\n"
+        "parasym watch tail runs/gpt\n\n"
+        "parasym watch report runs/gpt --html run.html\n\n"
+    ),
+)
+app.add_typer(watch, name="watch")
 
 
 class Completeness(StrEnum):
@@ -155,6 +170,74 @@ def audit(
         else:
             _show_audit(result)
     raise typer.Exit(OK if words.verdict(result)[0] else OPEN)
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The record of the run, or the folder that holds its watch.sqlite.")]
+
+
+@watch.command(
+    "report",
+    epilog=(
+        "[bold]Examples[/]\n\n"
+        "parasym watch report runs/gpt                      what happened, in the terminal\n\n"
+        "parasym watch report runs/gpt --html run.html      one self-contained page with every curve\n\n"
+        "parasym watch report runs/gpt --json | jq .charges\n\n"
+        "[bold]Exit codes[/]  0 nothing needs you · 1 something does: a charge off its prediction, an alert, a run that died · "
+        "2 the record cannot be read · 4 parasym itself failed"
+    ),
+)
+def watch_report(
+    run: Run,
+    html: Annotated[Path | None, typer.Option(help="Write the page, self-contained.", metavar="OUT")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what happened in a run, finished or live: predicted beside measured, alerts, and what watching cost."""
+    with _errors_explained(debug):
+        if html is not None:
+            _check_writable(html)
+        with importlib.import_module("parasym.watch.record").Record.open(run) as record:
+            found = words.plain(importlib.import_module("parasym.watch.summary").summary(record))
+            if html is not None:
+                importlib.import_module("parasym.watch.page").write_run(record, html)
+                typer.echo(f"report: {html}", err=True)
+        if as_json:
+            typer.echo(json.dumps(found, indent=2, allow_nan=False))
+        else:
+            _show_run(found)
+    raise typer.Exit(OK if found["verdict"]["good"] else OPEN)
+
+
+@watch.command(
+    "tail",
+    epilog=(
+        "[bold]Examples[/]\n\n"
+        "parasym watch tail runs/gpt                        a table that follows the run\n\n"
+        "parasym watch tail runs/gpt | tee run.log          one line for each observed step\n\n"
+        "parasym watch tail runs/gpt --json | jq .rows      one JSON object a line\n\n"
+        "It stops at the end of the run, or with Ctrl-C; both exit with 0."
+    ),
+)
+def watch_tail(
+    run: Run,
+    last: Annotated[int, typer.Option(min=0, help="Begin with so many of the steps recorded before.")] = 10,
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks at the record.")] = 1.0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Follow a run while it trains: one line for each observed step, and the alerts."""
+    with _errors_explained(debug):
+        room = importlib.import_module("parasym.watch.tail")
+        console = _console()
+        with importlib.import_module("parasym.watch.record").Record.open(run) as record:
+            steps = room.follow(record, interval, last)
+            try:
+                if console.is_terminal and not as_json:
+                    _tail_live(console, record, steps, max(last, 10))
+                else:
+                    _tail_lines(steps, as_json)
+            except KeyboardInterrupt:
+                typer.echo("stopped; the run goes on", err=True)
 
 
 @gallery.command("list")
@@ -421,6 +504,103 @@ def _show_result(result: Any) -> None:
     console.print(table)
     good = sum(check.passed for check in result.checks)
     console.print(Text(f"{good} of {len(result.checks)} checks passed in {result.seconds:.1f} s", "green" if result.passed else "bold red"))
+
+
+def _show_run(found: Mapping[str, Any], limit: int = 15) -> None:
+    """Print a run: verdict, alerts, charges, and the last value of everything else."""
+    room = importlib.import_module("parasym.watch.summary")
+    console, meta = _console(), found["meta"]
+    console.print(Text(f"{meta.get('model', found['path'])}: {found['state']}, {room.duration(found['seconds'])}", "bold"))
+    if found["last_step"] is not None:
+        text = f"steps {found['first_step']:,} to {found['last_step']:,}, {found['observations']:,} observed; {meta.get('optimizer', '')}"
+        if found["superseded"]:
+            text += f"; {found['superseded']:,} rows beyond the checkpoints it was resumed from are left out"
+        console.print(Text(text, "dim"))
+    console.print(Text(found["verdict"]["sentence"], "green" if found["verdict"]["good"] else "yellow"))
+    alerts = sorted(found["alerts"], key=lambda item: ("high", "warn", "info").index(item["severity"]))
+    for item in alerts[:limit]:
+        console.print(_alert(item))
+    if len(alerts) > limit:
+        console.print(Text(f"and {len(alerts) - limit} more alerts (--json or --html lists them)", "dim"))
+    if found["charges"]:
+        console.print()
+        table = _table("charge", "where", "measured", "predicted", "error", "", right={"measured", "predicted", "error"})
+        for item in found["charges"][:limit]:
+            mark = (
+                Text("breaks its law", "bold red") if item["violated"]
+                else Text("not predicted", "dim") if item["follows"] is None
+                else Text("as predicted", "green") if item["follows"] else Text("off", "yellow")
+            )  # fmt: skip
+            numbers = (words.number(item["last"], 4), words.number(item["predicted"], 4), room.share(item["error"]))
+            table.add_row(Text(item["name"], "bold"), item["where"] or "(all)", *numbers, mark)
+        console.print(table)
+        if len(found["charges"]) > limit:
+            console.print(Text(f"and {len(found['charges']) - limit} charges with smaller errors (--json or --html lists them)", "dim"))
+    table = _table("", "where", "first", "last", "lowest", "highest", right={"first", "last", "lowest", "highest"})
+    for kind in ("loss", "collapse", "noise", "sharpness", "norm", "rate"):
+        members = [item for item in found[kind] if kind != "norm" or not item["where"]]
+        for item in members[:limit]:
+            say = room.share if kind == "collapse" else lambda value: words.number(value, 4)
+            table.add_row(
+                Text(item["name"], "bold"), item["where"] or "(all)", *(say(item[key]) for key in ("first", "last", "low", "high"))
+            )
+    if table.row_count:
+        console.print()
+        console.print(table)
+    console.print(Text(f"\nwatching took {room.share(found['cost']['overhead'])} of the run's time ({found['cost']['note']})", "dim"))
+
+
+def _alert(item: Mapping[str, Any]) -> Text:
+    style = {"high": "bold red", "warn": "yellow"}.get(item["severity"], "cyan")
+    text = Text.assemble((f"{item['severity']:>6}  ", style), f"step {item['step']:,}: {item['message']}")
+    return text if not item["remedy"] else text + Text(f"\n        {item['remedy']}", "green")
+
+
+def _tail_lines(steps: Iterator[Any], as_json: bool) -> None:
+    """One line for each step, for a pipe or a log; JSON if wanted."""
+    room = importlib.import_module("parasym.watch.tail")
+    for item in steps:
+        if isinstance(item, room.Step) and as_json:
+            print(json.dumps(item.to_dict(), allow_nan=False), flush=True)
+        elif isinstance(item, room.Step):
+            if item.points:
+                print(room.line(item), flush=True)
+            for alert in item.alerts:
+                print(_alert({**vars(alert)}).plain, flush=True)
+        elif isinstance(item, str):
+            print(json.dumps({"end": item}) if as_json else f"the run is over: {item}", flush=True)
+
+
+def _tail_live(console: Console, record: Any, steps: Iterator[Any], height: int) -> None:
+    """A table of the last steps that redraws itself."""
+    from rich.console import Group
+    from rich.live import Live
+
+    room = importlib.import_module("parasym.watch.tail")
+    name, ended = str(record.meta.get("model", record.path)), ""
+    shown: list[tuple[int, dict[str, str]]] = []
+    alerts: list[dict[str, Any]] = []
+
+    def view() -> Group:
+        keys = [key for key in room.COLUMNS if any(key in values for _, values in shown)]
+        table = _table("step", *keys, right={"step", *keys})
+        for number, values in shown[-height:]:
+            table.add_row(f"{number:,}", *(values.get(key, "") for key in keys))
+        status = Text(f"the run is over: {ended}", "bold") if ended else Text("following; Ctrl-C stops", "dim")
+        return Group(
+            Text(f"{name}  {record.path}", "bold"), table if shown else Text("nothing recorded yet"), *map(_alert, alerts[-4:]), status
+        )
+
+    with Live(view(), console=console, auto_refresh=False) as live:
+        for item in steps:
+            if isinstance(item, room.Step):
+                if item.points:
+                    shown.append((item.step, room.columns(item)))
+                alerts += [vars(alert) for alert in item.alerts]
+                del shown[:-height], alerts[:-4]
+            elif isinstance(item, str):
+                ended = item
+            live.update(view(), refresh=item is None or isinstance(item, str))
 
 
 def _values(values: Sequence[float], limit: int = 4) -> str:

@@ -440,6 +440,12 @@ class Record:
         """The id of the last row written; 0 before there is one."""
         return self._read("SELECT COALESCE(MAX(id), 0) FROM points")[0][0]
 
+    def before_last(self, steps: int) -> int:
+        """The id to hand to `since` for the rows of the last so many observed steps, and whatever comes after them."""
+        first = "SELECT MIN(id) FROM points WHERE step IN (SELECT DISTINCT step FROM points ORDER BY step DESC LIMIT ?)"
+        found = self._read(first, (steps,))[0][0]
+        return self.last_id if found is None else found - 1
+
     @property
     def segments(self) -> list[Segment]:
         """The stretches of the run, oldest first: one, and one more for each resumption."""

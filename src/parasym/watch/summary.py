@@ -16,6 +16,8 @@ WITHIN = 0.1
 """A charge counts as following its prediction when the error is at most this share of how much it moved ..."""
 STANDARD_ERRORS = 3.0
 """... or at most this many standard errors of the prediction."""
+NOT_LOST = frozenset({"unused", "always-on", "linearised", "imbalance"})
+"""Kinds of collapse that cost no unit: rows of a vocabulary that the data does not pick, units that have become linear."""
 ROUND_OFF = 1e-6
 """A charge that moved by less than this share of its size did not move: single precision sees no more."""
 
@@ -171,6 +173,12 @@ def _cost(series: Sequence[Series], meta: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def most_collapsed(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The layer with the largest share of lost units at the end; None where none is lost."""
+    lost = [item for item in found["collapse"] if item["where"] and item["name"] not in NOT_LOST and (item["last"] or 0.0) > 0]
+    return max(lost, key=lambda item: item["last"], default=None)
+
+
 # -- in words --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -199,10 +207,9 @@ def verdict(found: Mapping[str, Any]) -> dict[str, Any]:
     if judged and not off and not broken:
         typical = share(float(np.median([item["error"] for item in judged])))
         facts.append(f"{len(judged)} of {len(found['charges'])} charges follow their predictions (median error {typical})")
-    collapsed = [item for item in found["collapse"] if item["where"] and (item["last"] or 0.0) > 0]
     if found["collapse"]:
-        worst = max(collapsed, key=lambda item: item["last"], default=None)
-        facts.append(f"up to {share(worst['last'])} of the units of {worst['where']} are collapsed" if worst else "no unit is collapsed")
+        worst = most_collapsed(found)
+        facts.append(f"most collapsed: {worst['where']}, {share(worst['last'])} {worst['name']}" if worst else "no unit is collapsed")
     overhead, budget = found["cost"]["overhead"], found["cost"]["budget"]
     if overhead is not None:
         facts.append(f"watching costs {share(overhead)} of the run's time")
