@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 import os
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from parasym import __version__
 from parasym.report import words
 from parasym.report.page import label, render
 from parasym.watch.record import Record, Segment, Series
@@ -85,7 +85,7 @@ def render_run(record: Record) -> str:
         "watch.html",
         scripts=("page.js", "watch.js"),
         data={"figures": [{key: figure[key] for key in ("id", "traces", "layout", "choices")} for figure in figures]},
-        version=__version__,
+        version=importlib.metadata.version("parasym"),
         name=str(meta.get("model", record.path.name)),
         facts=_facts(found),
         found=words.plain(found),
