@@ -95,6 +95,17 @@ def lbfgs_restarts(loss: Loss, inits: Sequence[Params], *, max_iter: int = 3000,
     return Restarts(theta, torch.tensor(values, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64), evaluations)
 
 
+def settle(loss: Loss, theta: Params, *, radius: float = 0.02, max_iter: int = 500, tol: float = 1e-11) -> Params:
+    """The local minimum whose basin holds ``theta``, by trust-region Newton steps no longer than ``radius``: it does not leave a shallow
+    metastable minimum as a line search may. Dense Hessians, so for a few hundred parameters."""
+    function = _numpy_gradient(loss, theta)
+    dense = torch.func.hessian(lambda x: loss(_split(x, theta)))
+    options = {"initial_trust_radius": radius / 2, "max_trust_radius": radius, "gtol": tol, "maxiter": max_iter}
+    curvature = lambda x: dense(torch.from_numpy(np.array(x))).numpy()  # noqa: E731
+    found = optimize.minimize(function, flatten(theta), jac=True, hess=curvature, method="trust-exact", options=options)
+    return unflatten(found.x, theta)
+
+
 def descend(loss: Loss, theta: Params, lr: float | Tensor, steps: int, watch: Callable[[int, Params], None] | None = None) -> Params:
     """Plain gradient descent on n independent copies at once.
 
@@ -136,9 +147,7 @@ class Flow:
     message: str = ""
 
 
-def flow(
-    loss: Loss, theta: Params, times: ArrayLike | Tensor, *, method: str = "DOP853", rtol: float = 1e-9, atol: float = 1e-13
-) -> Flow:
+def flow(loss: Loss, theta: Params, times: ArrayLike | Tensor, *, method: str = "DOP853", rtol: float = 1e-9, atol: float = 1e-13) -> Flow:
     """Gradient flow d theta/dt = -grad loss from times[0]; see `follow`."""
     gradient = torch.func.grad(loss)
     return follow(lambda t, w: {name: -g for name, g in gradient(w).items()}, theta, times, method=method, rtol=rtol, atol=atol)
