@@ -189,29 +189,37 @@ class DeepLinear(Landscape):
     # ---------------------------------------------------------------- the network
 
     def init(self, seed: int, scale: float = 1.0) -> Params:
-        shapes = [*zip(self.widths, (len(self.cross), *self.widths[:-1]), strict=True), ((self.widths or self.cross.shape)[-1],)]
+        ends = [len(self.cross), *self.widths, 1]
         draws = torch.Generator().manual_seed(seed)
-        out: Params = {}
-        for i, shape in enumerate(shapes):
-            size = shape if len(shape) == 2 else (1, shape[0])
-            name = f"W{i + 1}" if i < self.depth else "U"
-            out[name] = scale * torch.randn(size, generator=draws, dtype=torch.float64) / size[1] ** 0.5
-        return out
+        made = [scale * torch.randn(b, a, generator=draws, dtype=torch.float64) / a**0.5 for a, b in pairwise(ends)]
+        return dict(zip([*(f"W{i + 1}" for i in range(self.depth)), "U"], made, strict=True))
 
     def moments(self, theta: Params) -> tuple[Tensor, Tensor]:
-        """Mean map (d0,) and E[f^2] of the network, the noise averaged exactly (R0)."""
+        """Mean map (..., d0) and E[f^2] (...) of the network, the noise averaged exactly (R0); leading axes count copies."""
         first, *rest = _chain(theta)
-        second, mean = first @ self.second @ first.T, first
-        for noise, layer in zip(self.noise, rest, strict=True):
-            if noise:
-                second = second + noise * torch.diag_embed(second.diagonal())
-            second, mean = layer @ second @ layer.T, layer @ mean
-        return mean[0], second[0, 0]
+        mean = first
+        if any(self.noise):
+            second = first @ self.second @ first.mT
+            for noise, layer in zip(self.noise, rest, strict=True):
+                second = layer @ (second + noise * torch.diag_embed(second.diagonal(dim1=-2, dim2=-1))) @ layer.mT
+                mean = layer @ mean
+            return mean[..., 0, :], second[..., 0, 0]
+        for layer in rest:
+            mean = layer @ mean
+        mean = mean[..., 0, :]
+        return mean, ((mean @ self.second) * mean).sum(-1)
+
+    def error(self, theta: Params) -> Tensor:
+        """E (f - y)^2, shape (...)."""
+        mean, square = self.moments(theta)
+        return square - 2 * (mean * self.cross).sum(-1) + self.power
+
+    def squared_norms(self, theta: Params) -> Tensor:
+        """(..., D + 1) squared norm of each layer, from the input to the read-out."""
+        return torch.stack([w.square().sum((-2, -1)) for w in _chain(theta)], -1)
 
     def loss(self, theta: Params) -> Tensor:
-        mean, square = self.moments(theta)
-        penalty = torch.stack([g * w.square().sum() for g, w in zip(self.decays, _chain(theta), strict=True)]).sum()
-        return square - 2 * mean @ self.cross + self.power + penalty
+        return self.error(theta) + (self.squared_norms(theta) * torch.tensor(self.decays, dtype=torch.float64)).sum(-1)
 
     def data(self, count: int, seed: int) -> Mapping[str, Tensor]:
         """Gaussian x (count, d0) and y (count,) with the model's moments."""
@@ -232,13 +240,13 @@ class DeepLinear(Landscape):
 
     def sample_losses(self, theta: Params, count: int, seed: int) -> Tensor:
         batch = self.data(count, seed)
-        penalty = sum(g * w.square().sum() for g, w in zip(self.decays, _chain(theta), strict=True))
+        penalty = self.squared_norms(theta) @ torch.tensor(self.decays, dtype=torch.float64)
         return (self.sample_outputs(theta, batch["x"], seed + 1) - batch["y"]).square() + penalty
 
     def observables(self, theta: Params) -> dict[str, Tensor]:
         mean, square = self.moments(theta)
-        balance = torch.stack([g * w.square().sum() for g, w in zip(self.decays, _chain(theta), strict=True)])
-        return {"map": mean, "balance": balance, "variance": square - mean @ self.second @ mean}
+        balance = self.squared_norms(theta) * torch.tensor(self.decays, dtype=torch.float64)
+        return {"map": mean, "balance": balance, "variance": square - ((mean @ self.second) * mean).sum(-1)}
 
     def generators(self) -> Mapping[str, Generator]:
         return _hidden_rotations(self.widths, [s == 0 for s in self.noise])
