@@ -124,7 +124,7 @@ class BoundConfig:
 
 def bounds(config: BoundConfig) -> Part:
     """R7: b between its bounds with the smallest eigenvalue of A; with the largest it is not; the bounds crossed, nothing is there."""
-    outside, outside_wrong, wrong_stop, stops, points = [], [], [], [], []
+    columns: list[list[int]] = []
     for seed in config.seeds:
         rng = np.random.default_rng(seed)
         counts = [0, 0, 0, 0, 0]
@@ -145,8 +145,8 @@ def bounds(config: BoundConfig) -> Part:
             if low > high:
                 counts[3] += 1
                 counts[4] += bool(found)
-        for out, count in zip((outside, outside_wrong, points, stops, wrong_stop), counts, strict=True):
-            out.append(count)
+        columns.append(counts)
+    outside, outside_wrong, points, stops, wrong_stop = (list(column) for column in zip(*columns, strict=True))
     return Part(
         (
             match("stationary points outside the bounds with a_min", 0.0, outside, 0.0, source=f"{SLUG} R7", spread=outside),
@@ -309,7 +309,7 @@ def modes(config: ModeConfig) -> Part:
     for widths, decay in config.nets:
         losses, expected, seen, theory = [], [], [], []
         for seed in config.seeds:
-            model = DeepLinearMulti(np.random.default_rng(seed).normal(size=(4, 5)), widths, decay)
+            model = DeepLinearMulti(torch.from_numpy(np.random.default_rng(seed).normal(size=(4, 5))), widths, decay)
             predicted, found = model.predict("minimum").values, model.minimise(seed, config.restarts)
             expected.append(float(predicted["loss"]))
             losses.append(found.value)

@@ -30,6 +30,7 @@ FILES: dict[str, str] = {
     "sgd-local-maxima": "sgd_local_maxima",
     "snake-activation": "snake_activation",
     "stochastic-collapse": "stochastic_collapse",
+    "stochastic-networks-deterministic": "stochastic_networks_deterministic",
     "volumization": "volumization",
 }
 
