@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import sys
 import weakref
 from dataclasses import dataclass, replace
@@ -20,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parasym.audit import Audit, audit_checkpoint
 from parasym.core.checkpoint import TensorFile
-from parasym.core.errors import CheckpointError
+from parasym.core.errors import CheckpointError, InputError
 from parasym.core.graph import trace
+from parasym.core.load import load_on_meta
 from parasym.core.samples import flatten
 from parasym.measure.collapse import weight_collapse
 from parasym.symmetry import full
@@ -116,6 +118,42 @@ def test_a_checkpoint_is_streamed_with_the_same_families(tmp_path: Path) -> None
     assert streamed == {(s.group, s.dim, s.parameters) for s in found.symmetries if s.dim}
     assert "streamed" in audit.model["inputs"]
     assert all("twin" in s.note for s in audit.symmetries if s.dim)
+
+
+def test_shards_are_streamed_as_one_checkpoint(tmp_path: Path) -> None:
+    model, _ = gpt2(2)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="1KB")
+    model.save_pretrained(tmp_path / "whole")
+    index = next((tmp_path / "shards").glob("*.index.json"))
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) >= 2
+    (alone,) = (tmp_path / "whole").glob("*.safetensors")
+    sharded, whole = TensorFile(index), TensorFile(alone)
+    assert sharded.header.keys() == whole.header.keys() == TensorFile(tmp_path / "shards").header.keys()
+    for name in whole.header:
+        assert torch.equal(sharded.rows(name)[:], whole.rows(name)[:]), name
+
+    loaded = load_on_meta(str(tmp_path / "shards"), None)
+    assert all(p.is_meta for p in loaded.model.parameters())
+    found = audit_checkpoint(loaded.model, loaded.args, loaded.kwargs, tmp_path / "shards").to_dict()
+    assert found["symmetries"] and found["completeness"]["explained"] == 1.0
+
+    table = json.loads(index.read_text())
+    for weight_map, said in (
+        ({**table["weight_map"], "ghost": next(iter(table["weight_map"].values()))}, r"says that 'ghost' is in"),
+        ({**table["weight_map"], "x": "missing.safetensors"}, r"names the shard missing.safetensors"),
+        ({"x": "../outside.safetensors"}, r"not an index of safetensors shards"),
+        (["x"], r"not an index of safetensors shards"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=said):
+            TensorFile(tmp_path / "shards")
+    index.unlink()
+    with pytest.raises(CheckpointError, match=r"one .safetensors file or one index"):
+        TensorFile(tmp_path / "shards")
+    with pytest.raises(InputError, match=r"Streaming reads"):
+        load_on_meta(str(tmp_path), None)
+    with pytest.raises(CheckpointError, match=r"No such file"):
+        load_on_meta(str(tmp_path / "none.safetensors"), "hf:GPT2Config")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

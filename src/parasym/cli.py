@@ -114,7 +114,8 @@ def main(
         "parasym audit checkpoints/my-bert                         a Hugging Face folder\n\n"
         "parasym audit 'hf:GPT2Config?n_layer=2&n_embd=64'         an architecture, random weights\n\n"
         "parasym audit model.pt2 --json | jq .completeness         an exported program\n\n"
-        "parasym audit model.safetensors --model train.py:build_model\n\n" + EXIT_CODES
+        "parasym audit model.safetensors --model train.py:build_model\n\n"
+        "parasym audit path/to/hf-folder --stream                  weights larger than memory, in one file or many\n\n" + EXIT_CODES
     )
 )
 def audit(
@@ -137,7 +138,11 @@ def audit(
         Completeness, typer.Option(help="Count the free directions: when affordable, always, or never.")
     ] = Completeness.auto,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Read a .safetensors TARGET a few rows at a time, for files larger than memory.")
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read a .safetensors TARGET, an index of shards or a folder a few rows at a time, for weights larger than memory.",
+        ),
     ] = False,
     debug: Debug = False,
 ) -> None:

@@ -201,28 +201,74 @@ def check_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 class TensorFile:
-    """A safetensors file read tensor by tensor, without mapping it: what is not asked for never enters memory.
+    """Safetensors read tensor by tensor, without mapping: what is not asked for never enters memory.
+
+    Args:
+        path: a ``.safetensors`` file; a ``.safetensors.index.json`` with its shards beside it; or a folder that holds either.
 
     Attributes:
-        header: as :func:`check_safetensors_header`.
+        header: tensor -> its entry, as :func:`check_safetensors_header`, over all shards.
+
+    Raises:
+        CheckpointError: a file is damaged or missing, a tensor is in two shards, or the index and the shards disagree.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.header = Path(path), check_safetensors_header(Path(path))
-        with self.path.open("rb") as file:
-            self._start = 8 + int.from_bytes(file.read(8), "little")
+        self.path = Path(path)
+        files, listed = _shards(self.path)
+        self.header: dict[str, dict[str, Any]] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        for file in files:
+            if not file.is_file():
+                raise CheckpointError(f"{self.path} names the shard {file.name}, which is not beside it. Fetch it too.")
+            header = check_safetensors_header(file)
+            if twice := sorted(set(header) & set(self.header)):
+                raise CheckpointError(f"{twice[0]!r} is in {self._places[twice[0]][0].name} and in {file.name}: a tensor has one shard.")
+            with file.open("rb") as opened:
+                start = 8 + int.from_bytes(opened.read(8), "little")
+            self.header |= header
+            self._places |= dict.fromkeys(header, (file, start))
+        for name, file in listed.items():
+            if name not in self._places or self._places[name][0] != file:
+                raise CheckpointError(
+                    f"{self.path} says that {name!r} is in {file.name}, and it is not. Fetch or save the checkpoint again."
+                )
 
     def rows(self, name: str) -> Stored:
-        """One tensor that stays in the file until rows of it are asked for.
+        """One tensor that stays in its file until rows of it are asked for.
 
         Raises:
             CheckpointError: the dtype is unknown to torch.
         """
-        entry = self.header[name]
+        entry, (file, start) = self.header[name], self._places[name]
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
-            raise CheckpointError(f"{name} in {self.path} has dtype {entry['dtype']}, which torch cannot hold here.")
-        return Stored(self.path, name, torch.Size(entry["shape"]), dtype, self._start + entry["data_offsets"][0])
+            raise CheckpointError(f"{name} in {file} has dtype {entry['dtype']}, which torch cannot hold here.")
+        return Stored(file, name, torch.Size(entry["shape"]), dtype, start + entry["data_offsets"][0])
+
+
+def _shards(path: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files of a checkpoint, and where its index says each tensor is (empty without an index)."""
+    if path.is_dir():
+        indices = sorted(path.glob("*.safetensors.index.json"))
+        files = sorted(path.glob("*.safetensors"))
+        if len(indices) == 1:
+            return _shards(indices[0])
+        if len(indices) > 1 or len(files) != 1:
+            found = ", ".join(p.name for p in [*indices, *files]) or "none"
+            raise CheckpointError(f"{path} must hold one .safetensors file or one index of shards; it has {found}. Name the file.")
+        return files, {}
+    if path.name.endswith(".index.json"):
+        try:
+            table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            if not all(
+                isinstance(k, str) and isinstance(v, str) and Path(v).name == v and v.endswith(".safetensors") for k, v in table.items()
+            ):
+                raise ValueError("weight_map must map tensors to .safetensors files in the same folder")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not an index of safetensors shards: {type(error).__name__}: {error}") from None
+        return [path.parent / name for name in dict.fromkeys(table.values())], {k: path.parent / v for k, v in table.items()}
+    return [path], {}
 
 
 @dataclass(frozen=True)

@@ -104,25 +104,35 @@ def load_target(target: str, weights: Path | None = None, model: str | None = No
 
 
 def load_on_meta(target: str, model: str | None) -> Loaded:
-    """Build the network of a safetensors file on the meta device: shapes without memory.
+    """Build the network of a safetensors checkpoint on the meta device: shapes without memory.
 
     Args:
-        target: the safetensors file.
+        target: a safetensors file, the index of its shards, or a folder that holds them; a Hugging Face folder says itself what
+            its network is.
         model: the target that builds the network.
 
     Raises:
-        InputError: ``target`` is no safetensors file, or ``model`` is missing or cannot be built on the meta device.
+        InputError: ``target`` is no such checkpoint, or ``model`` is missing or cannot be built on the meta device.
+        CheckpointError: there is nothing at ``target``.
     """
-    if Path(target).suffix != ".safetensors" or model is None:
-        raise InputError("Streaming reads a .safetensors file: give it as TARGET, and the network that it belongs to as --model TARGET.")
-    if not Path(target).is_file():
+    path = Path(target)
+    if not path.exists() and path.suffix in (".safetensors", ".json"):
         raise CheckpointError(f"No such file: {target}.")
+    own = model is None and path.is_dir() and (path / "config.json").is_file()
+    if not (
+        own or (model is not None and (path.is_dir() or path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")))
+    ):
+        raise InputError(
+            "Streaming reads a .safetensors file, the .index.json of its shards, or a folder of them: give it as TARGET, and the network "
+            "that it belongs to as --model TARGET (a folder with a config.json needs none)."
+        )
     try:
         with torch.device("meta"):
-            return replace(load_target(model), notes=())  # no weights are made, so none are random
+            built = _from_config(path) if model is None else load_target(model)
+            return replace(built, notes=())  # no weights are made, so none are random
     except NotImplementedError as error:
         raise InputError(
-            f"{model} cannot be built without memory: {error}. It reads values while it is made; leave --stream out."
+            f"{model or target} cannot be built without memory: {error}. It reads values while it is made; leave --stream out."
         ) from error
 
 
@@ -210,8 +220,7 @@ def _transformers() -> Any:
 
 
 def _from_folder(path: Path) -> Loaded:
-    config_file = path / "config.json"
-    if not config_file.is_file():
+    if not (path / "config.json").is_file():
         raise InputError(f"{path} has no config.json, so it is no Hugging Face model folder. A target is {FORMS}.")
     files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -220,16 +229,7 @@ def _from_folder(path: Path) -> Loaded:
         )
     for file in files:
         check_safetensors_header(file)
-    transformers = _transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(
-            f"{config_file} is not a model configuration that Transformers {transformers.__version__} knows: {error}"
-        ) from error
-    config.use_cache = False
-    named = [getattr(transformers, name) for name in (config.architectures or []) if hasattr(transformers, name)]
-    build = named[0] if named else transformers.AutoModel
+    _, config, build = _configured(path)
     try:
         model, info = build.from_pretrained(
             path,
@@ -255,6 +255,27 @@ def _from_folder(path: Path) -> Loaded:
     unused = sorted(info["unexpected_keys"])
     notes = (f"{len(unused)} tensors in the folder are not used by {type(model).__name__}: {', '.join(unused[:4])}",) if unused else ()
     return Loaded(model.eval(), (), example_inputs(model), type(model).__name__, notes)
+
+
+def _configured(path: Path) -> tuple[Any, Any, Any]:
+    """(Transformers, the configuration of a folder, the class it names or the one for its kind)."""
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(
+            f"{path / 'config.json'} is not a model configuration that Transformers {transformers.__version__} knows: {error}"
+        ) from error
+    config.use_cache = False
+    named = [getattr(transformers, name) for name in (config.architectures or []) if hasattr(transformers, name)]
+    return transformers, config, named[0] if named else transformers.AutoModel
+
+
+def _from_config(path: Path) -> Loaded:
+    """The network of a Hugging Face folder without its weights."""
+    _, config, build = _configured(path)
+    model = build.from_config(config) if hasattr(build, "_model_mapping") else build(config)
+    return Loaded(model.eval(), (), example_inputs(model), type(model).__name__)
 
 
 def _from_class(spec: str) -> Loaded:
