@@ -5,26 +5,35 @@ from parasym.methods.dcs import Dcs, certify_mirror, dcs
 from parasym.methods.edit import Edit, Handle, edited, output_change
 from parasym.methods.lasso import Lasso, duality_gap, lasso
 from parasym.methods.masks import Masking
+from parasym.methods.objectives import Balance, Int8, MinimumNorm, NoiseEquilibrium, Sharpness
 from parasym.methods.prune import critical_compression, max_compression, prune, rewound
+from parasym.methods.rebasin import Agreement
 from parasym.methods.reparametrize import Lift, Reparametrization
 from parasym.methods.revive import revive
 from parasym.methods.spred import Certificate, FeatureGate, Product, Spred, solve, spred
 from parasym.methods.state import Moved, Transport, linear_transport, sliced_transport
 from parasym.methods.syre import Pull, Shift, Syre, syre
+from parasym.methods.teleport import teleport
 
 __all__ = [
+    "Agreement",
+    "Balance",
     "Certificate",
     "Dcs",
     "Edit",
     "FeatureGate",
     "Handle",
+    "Int8",
     "Lasso",
     "Lift",
     "Masking",
+    "MinimumNorm",
     "Moved",
+    "NoiseEquilibrium",
     "Product",
     "Pull",
     "Reparametrization",
+    "Sharpness",
     "Shift",
     "Spred",
     "Syre",
@@ -46,4 +55,5 @@ __all__ = [
     "solve",
     "spred",
     "syre",
+    "teleport",
 ]
