@@ -16,9 +16,11 @@ FILES: dict[str, str] = {
     "finite-lr-noise": "finite_lr_noise",
     "flatness-or-sharpness": "flatness_or_sharpness",
     "gamblers-noisy-labels": "gamblers_noisy_labels",
+    "get-rich-quick": "get_rich_quick",
     "label-smoothing": "label_smoothing",
     "laprop": "laprop",
     "law-of-balance": "law_of_balance",
+    "lazy-to-rich": "lazy_to_rich",
     "limiting-dynamics": "limiting_dynamics",
     "minibatch-noise-strength": "minibatch_noise_strength",
     "neural-mechanics": "neural_mechanics",
@@ -31,6 +33,7 @@ FILES: dict[str, str] = {
     "snake-activation": "snake_activation",
     "stochastic-collapse": "stochastic_collapse",
     "stochastic-networks-deterministic": "stochastic_networks_deterministic",
+    "three-mechanisms": "three_mechanisms",
     "volumization": "volumization",
 }
 

@@ -1,0 +1,109 @@
+"""The papers on exactly solvable dynamics: contract, smoke presets, and checks that fail when the mechanism is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+
+from parasym.gallery.contract import Entry, Result
+from parasym.gallery.runner import run_entry, seeds_of
+
+FILES = ("lazy_to_rich", "three_mechanisms", "get_rich_quick")
+
+
+def entry(file: str) -> Entry:
+    return importlib.import_module(f"parasym.gallery.{file}").ENTRY
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_entry_keeps_the_contract(file: str) -> None:
+    found = entry(file)
+    assert found.slug == file.replace("_", "-") and set(found.presets) == {"smoke", "default", "full"}
+    for preset in found.presets:
+        config = found.config(preset)
+        assert [f.name for f in fields(config)] == list(found.experiments) and len(seeds_of(config)) >= 3
+    assert all(getattr(found.config("default"), name) is not None for name in found.experiments)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_smoke_preset_passes_and_survives_json(file: str) -> None:
+    found = entry(file)
+    result = run_entry(found, found.config("smoke"), preset="smoke")
+    assert result.passed, [(c.claim, c.predicted, c.measured, c.error) for c in result.checks if not c.passed]
+    assert {check.kind for check in result.checks} == {"match", "control"}
+    assert all(check.source.startswith(f"{found.slug} ") for check in result.checks)
+    again = Result.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
+    assert again.passed and len(again.checks) == len(result.checks)
+    for figure in result.figures:
+        figure.draw(figure.data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+def test_default_preset_passes(file: str) -> None:
+    if file in ("three_mechanisms", "stepwise_ssl"):
+        pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra data)")
+    found = entry(file)
+    result = run_entry(found, found.config("default"), preset="default")
+    assert result.passed, [(c.claim, c.predicted, c.measured, c.error) for c in result.checks if not c.passed]
+
+
+def failed(part: Any) -> list[str]:
+    return [check.claim for check in part.checks if not check.passed]
+
+
+def test_a_wrong_riccati_matrix_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import lazy_to_rich as gallery
+    from parasym.solvable import balanced_net
+
+    right = balanced_net.two_layer_matrix
+    monkeypatch.setattr(balanced_net, "two_layer_matrix", lambda target, lam: right(target, -lam))
+    config = replace(entry("lazy_to_rich").config("smoke").trajectories, lams=(-1.0,), steps=3000)
+    assert any("Q Q^T of descent" in claim for claim in failed(gallery.trajectories(config)))
+
+
+def test_a_wrong_rate_of_the_line_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import three_mechanisms as gallery
+    from parasym.solvable.line_net import LineFlow
+
+    monkeypatch.setattr(LineFlow, "k", property(lambda self: 0.5 * self.v * self.gamma * self.c))
+    config = replace(entry("three_mechanisms").config("smoke").runs, settings=gallery.SETTINGS[:1])
+    claims = failed(gallery.runs(config))
+    assert any("output along the run" in c for c in claims) and any("against the ODE" in c for c in claims)
+
+
+def test_a_wrong_neuron_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import get_rich_quick as gallery
+    from parasym.solvable.minimal_rich import NeuronFlow
+
+    config = entry("get_rich_quick").config("smoke").neuron
+    monkeypatch.setattr(NeuronFlow, "final_sign", lambda self: self.a.sign())
+    monkeypatch.setattr(gallery, "mirror", lambda beta, delta: 2 * beta)
+    claims = failed(gallery.neuron(replace(config, cases=3, charges=(2.0,))))
+    assert any("sign of a" in c for c in claims) and any("grad Psi" in c for c in claims)
+
+
+def test_networks_without_imbalance_do_not_pass_for_unbalanced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import get_rich_quick as gallery
+
+    config = entry("get_rich_quick").config("smoke").networks
+    right = gallery.doubled_start
+    monkeypatch.setattr(gallery, "doubled_start", lambda config, draws: right(replace(config, deltas=(0.0,) * len(config.deltas)), draws))
+    assert any("Hamming" in claim for claim in failed(gallery.networks(replace(config, steps=500, records=10))))
+
+
+def test_kernels_of_the_student_are_those_of_autograd() -> None:
+    from parasym.gallery.get_rich_quick import _kernel
+    from parasym.measure.ntk import kernel
+
+    draws = torch.Generator().manual_seed(0)
+    x, W, a = (torch.randn(*shape, generator=draws, dtype=torch.float64) for shape in ((7, 3), (5, 3), (5,)))
+    net = torch.nn.Sequential(torch.nn.Linear(3, 5, bias=False), torch.nn.ReLU(), torch.nn.Linear(5, 1, bias=False)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(W), net[2].weight.copy_(a[None])
+    assert torch.allclose(_kernel(x, W, a, True), kernel(net, x).matrix, atol=1e-12)
