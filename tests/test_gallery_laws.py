@@ -13,9 +13,11 @@ from parasym.gallery import (
     flatness_or_sharpness,
     law_of_balance,
     neural_mechanics,
+    neural_thermodynamics,
     noether_learning_dynamics,
     noise_equilibrium,
     perfect_platonic,
+    thermodynamic_irreversibility,
 )
 from parasym.gallery.contract import Entry, Result
 from parasym.gallery.runner import run_entry, seeds_of
@@ -25,7 +27,16 @@ from parasym.solvable.chains import Chain
 
 ENTRIES: dict[str, Entry] = {
     m.ENTRY.slug: m.ENTRY
-    for m in (neural_mechanics, noether_learning_dynamics, law_of_balance, noise_equilibrium, perfect_platonic, flatness_or_sharpness)
+    for m in (
+        neural_mechanics,
+        noether_learning_dynamics,
+        law_of_balance,
+        noise_equilibrium,
+        perfect_platonic,
+        flatness_or_sharpness,
+        neural_thermodynamics,
+        thermodynamic_irreversibility,
+    )
 }
 
 
@@ -126,6 +137,46 @@ def test_noise_that_misses_the_label_covariance_is_seen(monkeypatch: pytest.Monk
     claims = failed(only(entry, stationary=entry.config("smoke").stationary, sharpening=entry.config("smoke").sharpening))
     assert any(c.startswith("kappa 50.0: tr H of SGD against") for c in claims) and any("rise of tr H" in c for c in claims)
     assert any("Platonic" in c for c in failed(only(perfect_platonic.ENTRY, sgd=perfect_platonic.ENTRY.config("smoke").sgd)))
+
+
+def test_a_wrong_entropic_force_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = neural_thermodynamics.entropic_force
+    half = lambda *a, **k: {n: g / 2 for n, g in right(*a, **k).items()}  # noqa: E731
+    monkeypatch.setattr(neural_thermodynamics, "entropic_force", half)
+    entry = neural_thermodynamics.ENTRY
+    claims = failed(only(entry, defect=entry.config("smoke").defect, orbits=entry.config("smoke").orbits))
+    assert any("double backward" in c for c in claims) and any("rates by parameter" in c for c in claims)
+
+
+def test_a_wrong_correction_of_the_flow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = neural_thermodynamics.corrected
+    monkeypatch.setattr(neural_thermodynamics, "corrected", lambda f, eta, *rest: right(f, 2 * eta, *rest))
+    entry = neural_thermodynamics.ENTRY
+    claims = failed(only(entry, defect=entry.config("smoke").defect))
+    assert any("first and with the second" in c for c in claims) and any("against one step" in c for c in claims)
+    momentum = thermodynamic_irreversibility.momentum_field
+    wrong = lambda g, eta, mu, fix=True: momentum(g, 3 * eta, mu, fix)  # noqa: E731
+    monkeypatch.setattr(thermodynamic_irreversibility, "momentum_field", wrong)
+    entry = thermodynamic_irreversibility.ENTRY
+    assert any("heavy ball" in c for c in failed(only(entry, rules=entry.config("smoke").rules)))
+
+
+def test_a_potential_without_its_noise_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S of the full batch in place of the mean over batches."""
+    right = thermodynamic_irreversibility.effective_loss
+    monkeypatch.setattr(thermodynamic_irreversibility, "effective_loss", lambda *a, **k: right(*a, **{**k, "batch_size": 10**9}))
+    monkeypatch.setattr(neural_thermodynamics, "effective_loss", lambda *a, **k: right(*a, **{**k, "batch_size": 10**9}))
+    entry = thermodynamic_irreversibility.ENTRY
+    assert any("entropy production counted" in c for c in failed(only(entry, path=entry.config("smoke").path)))
+    entry = neural_thermodynamics.ENTRY
+    assert any("per-sample gradients against" in c for c in failed(only(entry, network=entry.config("smoke").network)))
+
+
+def test_reversal_with_a_wrong_sign_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = thermodynamic_irreversibility.reversal
+    monkeypatch.setattr(thermodynamic_irreversibility, "reversal", lambda *a: -right(*a))
+    entry = thermodynamic_irreversibility.ENTRY
+    assert any("defect of a step" in c for c in failed(only(entry, controls=entry.config("smoke").controls)))
 
 
 def test_equal_label_noise_does_not_sharpen_a_network() -> None:

@@ -24,6 +24,7 @@ FILES: dict[str, str] = {
     "limiting-dynamics": "limiting_dynamics",
     "minibatch-noise-strength": "minibatch_noise_strength",
     "neural-mechanics": "neural_mechanics",
+    "neural-thermodynamics": "neural_thermodynamics",
     "noether-learning-dynamics": "noether_learning_dynamics",
     "noise-equilibrium": "noise_equilibrium",
     "perfect-platonic": "perfect_platonic",
@@ -34,6 +35,7 @@ FILES: dict[str, str] = {
     "stochastic-collapse": "stochastic_collapse",
     "stochastic-networks-deterministic": "stochastic_networks_deterministic",
     "three-mechanisms": "three_mechanisms",
+    "thermodynamic-irreversibility": "thermodynamic_irreversibility",
     "volumization": "volumization",
 }
 

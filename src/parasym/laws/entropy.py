@@ -1,9 +1,8 @@
-"""The entropic potential of a training rule, and four ways to measure how irreversible it is.
+"""The entropic potential of a training rule: what one noisy step adds to the loss it descends.
 
-One step of size eta is, to next order, the flow on L + S with S = (eta / 4) E|g_B|^2: its gradient is the entropic force, which breaks
-every symmetry that is no isometry (neural-thermodynamics R1-R5). The same potential is what numerical backward error, refinement of
-time, running the rule backwards, and the entropy production of regularised noise give, up to relative order eta
-(thermodynamic-irreversibility R1-R6).
+One step theta' = theta - Lam grad l_B is, to next order, the flow on L + S with S = (1/4) E g_B.Lam g_B, (eta/4) E|g_B|^2 for plain SGD.
+Its gradient, the entropic force, breaks every symmetry that is no isometry of Lam, is convex along each orbit, and balances gradient
+second moments where it vanishes (neural-thermodynamics R1-R5). eta/4 acts as a temperature (R8).
 """
 
 from __future__ import annotations
@@ -11,19 +10,66 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parasym.core.errors import InputError
 from parasym.core.guards import math_attention, no_checkpointing, preserve, rng_state
-from parasym.core.operators import Layout
 from parasym.core.results import Estimate, plain
-from parasym.measure.gradients import GradientMoments, Objective, batches
+from parasym.laws.charges import Charge
+from parasym.laws.drift import ChargeMoments, charge_moments
+from parasym.measure.gradients import GradientMoments, LossFn, Objective, batches, gradient_moments
 
-Kind = Literal["DE", "TR", "TA", "ST"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Rates = float | Mapping[str, Tensor | float]
+
+# --------------------------------------------------------------------------------------------------------------------- rates
+
+
+def rates(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor | float]:
+    """The metric Lam of an optimiser's step: parameter -> its learning rate, over the root of its second moment for adaptive rules.
+
+    SGD: lr of the group (momentum is not part of it). Adam, AdamW, RMSprop: lr / (sqrt(v^) + eps) with the second moments as they stand
+    (neural-thermodynamics R9: valid while they move slowly).
+
+    Raises:
+        InputError: another rule, or an adaptive one that has not stepped yet.
+    """
+    kind, out = type(optimizer).__name__, dict[Tensor, Tensor | float]()
+    if kind not in ("SGD", "Adam", "AdamW", "RMSprop"):
+        raise InputError(f"The step metric of {kind} is not known: SGD, Adam, AdamW and RMSprop are; give the rates by name instead.")
+    for group in optimizer.param_groups:
+        lr = float(group["lr"])
+        for p in group["params"]:
+            if kind == "SGD":
+                out[p] = lr
+                continue
+            state = optimizer.state.get(p, {})
+            if p.grad is None and not state:
+                continue  # never trained
+            if not state:
+                raise InputError(f"{kind} has no second moments before its first step: take a step, or give the rates by name.")
+            if kind == "RMSprop":
+                second = state["square_avg"].double()
+            else:
+                second = state["exp_avg_sq"].double() / (1 - group["betas"][1] ** float(state["step"]))
+            out[p] = lr / (second.sqrt() + group["eps"])
+    return out
+
+
+def _rate(lr: Rates, name: str) -> Tensor | float:
+    if not isinstance(lr, Mapping):
+        return lr
+    if name not in lr:
+        raise InputError(f"No learning rate is given for {name!r}.")
+    return lr[name]
+
+
+def _positive(lr: Rates) -> None:
+    values = lr.values() if isinstance(lr, Mapping) else (lr,)
+    if not all(bool((torch.as_tensor(v) > 0).all()) for v in values):
+        raise InputError(f"Learning rates must be positive, got {lr if not isinstance(lr, Mapping) else 'some that are not'}.")
 
 
 # ------------------------------------------------------------------------------------------------------------------- potential
@@ -31,11 +77,13 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Entropy:
-    """The effective loss of SGD at a point.
+    """The effective loss of a rule at a point.
 
     Attributes:
-        loss: L. mean: (eta_e / 4) c |grad L|^2, c = (1 + mu) / (1 - mu). noise: (eta_e / 4) tr Sigma / S, with its standard error.
-        total: L + mean + noise. parts: parameter -> its share of mean + noise.
+        loss: L. mean: (eta_e / 4) c |grad L|^2, c = (1 + mu) / (1 - mu). noise: (eta_e / 4) tr Sigma / S, with its standard error where one
+            learning rate serves all.
+        penalty: (gamma / 2)|theta|^2 of coupled weight decay. total: L + penalty + mean + noise.
+        parts: parameter -> its share of mean + noise.
     """
 
     loss: float
@@ -43,43 +91,103 @@ class Entropy:
     noise: Estimate
     total: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    penalty: float = 0.0
     assumptions: tuple[str, ...] = ("leading order in the learning rate",)
     refs: tuple[str, ...] = ("neural-thermodynamics R1", "neural-thermodynamics R9")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        keys = ("loss", "mean", "noise", "total", "parts", "assumptions", "refs")
+        keys = ("loss", "mean", "noise", "penalty", "total", "parts", "assumptions", "refs")
         return plain({k: getattr(self, k) for k in keys})  # type: ignore[no-any-return]
 
 
-def entropy(moments: GradientMoments, lr: float, batch_size: int, momentum: float = 0.0, replacement: bool = True) -> Entropy:
-    """S = (eta / 4) E|g_B|^2 from the moments of the gradient, split into the part of the mean and that of the noise.
+def entropy(moments: GradientMoments, lr: Rates, batch_size: int, momentum: float = 0.0, replacement: bool = True) -> Entropy:
+    """S = (1 / 4) E g_B.Lam g_B from the moments of the gradient, split into the part of the mean and that of the noise.
 
     Args:
         moments: with squares for the shares of the parameters (`parasym.measure.gradients.gradient_moments`).
-        lr, momentum: of SGD; with momentum eta_e = eta / (1 - mu), and the mean part is (1 + mu) / (1 - mu) times larger (R9).
-        batch_size: S.
+        lr: one rate for all, or name -> rate (a number or a tensor of the parameter's shape), which needs the squares.
+        momentum: of SGD; eta_e = eta / (1 - mu), and the mean part is (1 + mu) / (1 - mu) times larger (R9).
+        batch_size: S. replacement: how batches are drawn.
+
+    Raises:
+        InputError: rates or momentum out of range, or rates by name without squares.
     """
-    if lr <= 0 or not 0 <= momentum < 1:
-        raise InputError(f"entropy needs lr > 0 and 0 <= momentum < 1, got {lr} and {momentum}.")
-    rate, coherent, factor = lr / (1 - momentum), (1 + momentum) / (1 - momentum), moments.factor(batch_size, replacement)
-    spread = float(moments.norms.mean()) - moments.mean_square
-    mean, noise = rate / 4 * coherent * moments.mean_square, rate / 4 * factor * spread
-    error = rate / 4 * factor * float(moments.norms.std()) / math.sqrt(moments.count) if moments.count > 1 else None
-    parts = {
-        n: rate / 4 * float((coherent * m.square() + factor * (moments.square[n] - m.square())).sum())
-        for n, m in moments.mean.items()
-        if moments.square
-    }
+    _positive(lr)
+    if not 0 <= momentum < 1:
+        raise InputError(f"entropy needs 0 <= momentum < 1, got {momentum}.")
+    grow, coherent, factor = 1 / (1 - momentum), (1 + momentum) / (1 - momentum), moments.factor(batch_size, replacement)
+    shares: dict[str, tuple[float, float]] = {}
+    if moments.square:
+        for n, m in moments.mean.items():
+            rate = _rate(lr, n)
+            shares[n] = float((rate * m.square()).sum()), float((rate * (moments.square[n] - m.square())).sum())
+    if isinstance(lr, Mapping):
+        if not shares:
+            raise InputError("Rates by name need the squares: gradient_moments(..., squares=True).")
+        first, second, error = sum(a for a, _ in shares.values()), sum(b for _, b in shares.values()), None
+    else:
+        first, second = lr * moments.mean_square, lr * (float(moments.norms.mean()) - moments.mean_square)
+        error = lr * grow / 4 * factor * float(moments.norms.std()) / math.sqrt(moments.count) if moments.count > 1 else None
+    mean, noise = grow / 4 * coherent * first, grow / 4 * factor * second
+    parts = {n: grow / 4 * (coherent * a + factor * b) for n, (a, b) in shares.items()}
     return Entropy(moments.loss, mean, Estimate(noise, stderr=error), moments.loss + mean + noise, parts)
 
 
-def entropic_force(objective: Objective, loader: Any, lr: float) -> dict[str, Tensor]:
-    """-grad S, S = (eta / 4) E_B|g_B|^2 over the given batches: one double backward pass for each.
+def effective_loss(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    loader: Any,
+    optimizer: torch.optim.Optimizer,
+    *,
+    batch_size: int,
+    replacement: bool = True,
+    limit: int | None = None,
+) -> Entropy:
+    """F = L + penalty + S of a user's model under their own optimiser, at the present weights.
+
+    Args:
+        model, loss_fn, loader: see `parasym.measure.gradients.Objective`. A batch norm in train mode is measured between batches.
+        optimizer: of the model's parameters: its rates, momentum, coupled weight decay and second moments are used (`rates`).
+        batch_size: S of training. limit: stop after this many samples.
+
+    Raises:
+        InputError: see `rates`, `gradient_moments`; groups of different momentum.
+    """
+    objective = Objective(model, loss_fn)
+    named = _by_name(objective, rates(optimizer))
+    momenta = {float(g.get("momentum", 0.0)) for g in optimizer.param_groups}
+    if len(momenta) > 1:
+        raise InputError(f"Groups of different momentum {sorted(momenta)} have no common effective loss.")
+    params = {n: p for n, p in objective.params.items() if n in named}
+    objective.params.clear()
+    objective.params.update(params)
+    unit: Any = "batch" if objective.coupled else "sample"
+    moments = gradient_moments(objective, loader, unit=unit, limit=limit)
+    found = entropy(moments, named, batch_size, momenta.pop() if type(optimizer).__name__ == "SGD" else 0.0, replacement)
+    pull = 0.0
+    if type(optimizer).__name__ == "SGD":
+        pull = sum(
+            float(g["weight_decay"]) / 2 * float(p.detach().double().square().sum()) for g in optimizer.param_groups for p in g["params"]
+        )
+    return Entropy(found.loss, found.mean, found.noise, found.total + pull, found.parts, pull)
+
+
+def _by_name(objective: Objective, by_parameter: Mapping[Tensor, Tensor | float]) -> dict[str, Tensor | float]:
+    live = dict(objective.model.named_parameters(remove_duplicate=False))
+    return {n: by_parameter[live[n]] for n in objective.params if n in live and live[n] in by_parameter}
+
+
+def entropic_force(objective: Objective, loader: Any, lr: Rates) -> dict[str, Tensor]:
+    """-grad S, S = (1/4) E_B g_B.Lam g_B over the given batches: one double backward pass for each.
+
+    Args:
+        lr: one rate for all, or name -> rate, held fixed.
 
     Raises:
         InputError: the loss is not one number; see `parasym.measure.gradients.batches`.
     """
+    _positive(lr)
     total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in objective.params.items()}
     count = 0
     for batch in batches(loader):
@@ -87,184 +195,111 @@ def entropic_force(objective: Objective, loader: Any, lr: float) -> dict[str, Te
         with torch.enable_grad(), rng_state(), math_attention(), no_checkpointing(), preserve(objective.model):
             leaves = {n: p.detach().requires_grad_() for n, p in objective.params.items()}
             loss = objective(leaves, batch)
+            if loss.numel() != 1:
+                raise InputError(f"The loss must be one number, got shape {tuple(loss.shape)}: reduce it by a mean over samples.")
             first = torch.autograd.grad(
                 loss.reshape(()), list(leaves.values()), create_graph=True, materialize_grads=True, allow_unused=True
             )
-            square = torch.stack([g.square().sum() for g in first]).sum()
+            square = torch.stack([(_rate(lr, n) * g.square()).sum() for n, g in zip(leaves, first, strict=True)]).sum()
             second = torch.autograd.grad(square, list(leaves.values()), materialize_grads=True, allow_unused=True)
         for n, g in zip(leaves, second, strict=True):
-            total[n] -= lr / 4 * g.detach().double()
+            total[n] -= g.detach().double() / 4
     return {n: g / count for n, g in total.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------- irreversibility
+def temperature(lr: float, momentum: float = 0.0) -> float:
+    """eta_e / 4, which multiplies E|g_B|^2 as a temperature does an entropy (R8)."""
+    _positive(lr)
+    return lr / (1 - momentum) / 4
+
+
+def dominance(objective: Objective, loader: Any, lr: Rates) -> Estimate:
+    """|grad S| / |grad L| over the given batches: above 1 the entropic force, not the loss, decides where training goes (R8)."""
+    force = entropic_force(objective, loader, lr)
+    mean = gradient_moments(objective, loader, squares=False, unit="batch").mean
+    top, bottom = (math.sqrt(sum(float(g.square().sum()) for g in part.values())) for part in (force, mean))
+    if bottom == 0:
+        return Estimate(None, status="not_applicable", note="the gradient of the loss vanishes: only the entropic force is left",
+                        refs=("neural-thermodynamics R8",))  # fmt: skip
+    return Estimate(top / bottom, refs=("neural-thermodynamics R8",))
+
+
+# ---------------------------------------------------------------------------------------------------------------- along the orbits
+
+
+def orbit_slope(found: ChargeMoments, factor: float, lr: float) -> Estimate:
+    """dS / dlam = -(eta/2) tr(A E g_B g_B^T) along the orbit of each generator of a charge, of the charge's shape (R3, R10).
+
+    Args:
+        found: from `parasym.laws.drift.charge_moments`; factor: 1 / S (``GradientMoments.factor``).
+    """
+    _positive(lr)
+    refs = ("neural-thermodynamics R3", "thermodynamic-irreversibility R10")
+    return Estimate(-lr / 2 * found.of_batch(factor)[0], stderr=lr / 2 * factor * found.stderr, refs=refs)
 
 
 @dataclass(frozen=True, eq=False)
-class Irreversibility:
-    """How irreversible the step theta' = theta - eta P g_B is, four ways.
+class Equipartition:
+    """How far a model is from where the entropic force along every symmetry vanishes (R4, R5).
 
     Attributes:
-        potential: (eta / 4) E g_B.P g_B. reference: (n,) -P grad of it.
-        forces: "DE" backward error, "TR" time renormalisation, "TA" microscopic time reversal -> (n,) their force, the same to O(eta).
-        production: the potential from entropy production ("ST"), with its standard error over draws; None if not asked for.
-        layout: positions of the parameters in the flat vectors.
+        layers: parameter -> eta E|g_B|^2 - 2 gamma |theta|^2, the same for all layers of a homogeneous network at equilibrium (R5b).
+        charges: name of a charge -> (plus - minus) / (plus + minus) of eta E g_B^2 - 2 gamma theta^2 for each unit, or the relative
+            Frobenius gap of the two matrices of a GL pair (R5a, c, d): 0 at equilibrium. For a scale there is only one side: +-1 (R5e).
     """
 
-    potential: float
-    reference: Tensor
-    forces: Mapping[Kind, Tensor]
-    production: Estimate | None
-    layout: Layout
-    lr: float
-    assumptions: tuple[str, ...] = ("leading order in the learning rate", "batches frozen within each measure")
-    refs: tuple[str, ...] = ("thermodynamic-irreversibility R1", "thermodynamic-irreversibility R4")
+    layers: Mapping[str, float]
+    charges: Mapping[str, Tensor]
+    assumptions: tuple[str, ...] = ("one learning rate", "leading order in the learning rate")
+    refs: tuple[str, ...] = ("neural-thermodynamics R4", "neural-thermodynamics R5")
 
-    def error(self, kind: Kind) -> float:
-        """Relative difference from the reference: of the force, or for "ST" of the potential."""
-        if kind == "ST":
-            if self.production is None or not isinstance(self.production.value, float):
-                raise InputError("Entropy production was not asked for: add 'ST' to kinds.")
-            return abs(self.production.value - self.potential) / abs(self.potential)
-        return float((self.forces[kind] - self.reference).norm() / self.reference.norm())
+    @property
+    def worst(self) -> float:
+        """Largest imbalance of any charge."""
+        return max((float(v.abs().max()) for v in self.charges.values() if v.numel()), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without the vectors."""
-        errors = {k: self.error(k) for k in (*self.forces, *(("ST",) if self.production else ()))}  # type: ignore[arg-type]
-        cosines = {k: float(f @ self.reference / (f.norm() * self.reference.norm())) for k, f in self.forces.items()}
-        return plain(  # type: ignore[no-any-return]
-            {"potential": self.potential, "errors": errors, "cosines": cosines, "production": self.production, "lr": self.lr,
-             "assumptions": self.assumptions, "refs": self.refs}
-        )  # fmt: skip
+        """JSON-ready."""
+        return plain({k: getattr(self, k) for k in ("layers", "charges", "assumptions", "refs")})  # type: ignore[no-any-return]
 
 
-def irreversibility(
+def equipartition(
     objective: Objective,
     loader: Any,
-    lr: float,
+    charges: Sequence[Charge],
     *,
-    kinds: Sequence[Kind] = KINDS,
-    preconditioner: Mapping[str, Tensor] | None = None,
-    refine: int = 4,
-    temperature: float = 1e-6,
-    draws: int = 100,
-    seed: int = 0,
-) -> Irreversibility:
-    """Measure the irreversibility of a gradient step on the batches of ``loader``, in float64.
+    lr: float,
+    batch_size: int,
+    weight_decay: float = 0.0,
+    replacement: bool = True,
+) -> Equipartition:
+    """Measure the balance of gradient second moments, layer by layer and for every charge that is not linear.
+
+    With decay, (eta/2) tr(A E g_B g_B^T) = gamma theta.A theta at equilibrium, so 2 gamma / eta times the weights' own second moments
+    is taken off each side.
 
     Args:
-        objective: model and loss; built with dtype=torch.float64, since the defect is of order lr^2.
-        lr: eta.
-        kinds: which measures.
-        preconditioner: name -> positive tensor, the diagonal of P (R6); ones if not given.
-        refine: sub-steps n of the time renormalisation.
-        temperature: D of the regularising noise, of covariance 2 eta D P.
-        draws: antithetic pairs of it for each batch.
-        seed: of the draws.
-
-    Raises:
-        InputError: parameters that are not float64, unknown kinds, bad numbers.
+        objective, loader: see `gradient_moments`; batch norms in train mode are measured between batches.
+        charges: from `parasym.laws.charges`. lr, weight_decay: of SGD (torch's decay: gamma). batch_size: S.
     """
-    if any(p.dtype != torch.float64 for p in objective.params.values()):
-        raise InputError("The defect of a step is of order lr^2 and drowns in float32: build the Objective with dtype=torch.float64.")
-    if lr <= 0 or refine < 2 or temperature <= 0 or draws < 1 or any(k not in KINDS for k in kinds):
-        raise InputError(f"irreversibility needs lr > 0, refine >= 2, temperature > 0, draws >= 1, kinds among {', '.join(KINDS)}.")
-    layout = Layout.of(objective.params)
-    theta = layout.flatten(objective.params)
-    P = torch.ones_like(theta) if preconditioner is None else layout.flatten(preconditioner).to(theta)
-    generator = torch.Generator().manual_seed(seed)
-    found: dict[Kind, Tensor] = {k: torch.zeros_like(theta) for k in kinds if k != "ST"}
-    reference, potential, count = torch.zeros_like(theta), 0.0, 0
-    produced: list[float] = []
-    for batch in batches(loader):
-        count += 1
-
-        def gradient(x: Tensor, batch: Any = batch) -> Tensor:
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                (g,) = torch.autograd.grad(objective(layout.unflatten(leaf), batch).reshape(()), leaf)
-            return g
-
-        with rng_state(), math_attention(), no_checkpointing(), preserve(objective.model):
-            g0 = gradient(theta)
-            potential += lr / 4 * float(g0 @ (P * g0))
-            leaf = theta.clone().requires_grad_()
-            (g,) = torch.autograd.grad(objective(layout.unflatten(leaf), batch).reshape(()), leaf, create_graph=True)
-            (curved,) = torch.autograd.grad(g, leaf, grad_outputs=P * g.detach())  # H P g
-            reference -= lr / 2 * P * curved
-            one = theta - lr * P * g0
-            if "DE" in found:
-                found["DE"] += (one - _flow(theta, gradient, P, lr)) / lr
-            if "TR" in found:
-                x = theta
-                for _ in range(refine):
-                    x = x - lr / refine * P * gradient(x)
-                found["TR"] += (one - x) / (lr * (1 - 1 / refine))
-            if "TA" in found:
-                found["TA"] += (one + lr * P * gradient(one) - theta) / (2 * lr)
-            if "ST" in kinds:
-                produced.append(_production(theta, gradient, g0, P, lr, temperature, draws, generator))
-    forces = {k: f / count for k, f in found.items()}
-    production = None
-    if produced:
-        values = torch.tensor(produced, dtype=torch.float64)
-        spread = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
-        production = Estimate(
-            float(values.mean()), stderr=spread, note="standard error over batches", refs=("thermodynamic-irreversibility R4",)
-        )
-    return Irreversibility(potential / count, reference / count, forces, production, layout, lr)
-
-
-def _flow(theta: Tensor, gradient: Any, P: Tensor, lr: float, steps: int = 4) -> Tensor:
-    """Gradient flow for a time lr by the classical Runge-Kutta rule: exact to order lr^5."""
-    x, h = theta, lr / steps
-    for _ in range(steps):
-        a = -P * gradient(x)
-        b = -P * gradient(x + h / 2 * a)
-        c = -P * gradient(x + h / 2 * b)
-        d = -P * gradient(x + h * c)
-        x = x + h / 6 * (a + 2 * b + 2 * c + d)
-    return x
-
-
-def _production(theta: Tensor, gradient: Any, g0: Tensor, P: Tensor, lr: float, D: float, draws: int, generator: torch.Generator) -> float:
-    """D sigma / 4, sigma = E ln p(theta'|theta) / p(theta|theta') with the batch kept on the way back."""
-    total = 0.0
-    for _ in range(draws):
-        xi = math.sqrt(2 * lr * D) * P.sqrt() * torch.randn(theta.shape, generator=generator, dtype=torch.float64)
-        for sign in (1.0, -1.0):
-            d = -lr * P * g0 + sign * xi
-            back, forth = -d + lr * P * gradient(theta + d), d + lr * P * g0
-            total += float((back.square() / P).sum() - (forth.square() / P).sum())
-    return total / (2 * draws) / (4 * lr) / 4
-
-
-def retrace(objective: Objective, batch: Any, lr: float, steps: int) -> Estimate:
-    """Distance from the start after ``steps`` gradient steps on one batch forward and as many backward (theta + eta g).
-
-    To leading order 2 eta times the summed force of the potential; ``residual`` is the part of it that this does not explain.
-    """
-    layout = Layout.of(objective.params)
-    start = layout.flatten(objective.params)
-
-    def gradient(x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            (g,) = torch.autograd.grad(objective(layout.unflatten(leaf), batch).reshape(()), leaf)
-        return g
-
-    with rng_state(), math_attention(), no_checkpointing(), preserve(objective.model):
-        x, force = start, torch.zeros_like(start)
-        for _ in range(steps):
-            leaf = x.detach().requires_grad_()
-            (g,) = torch.autograd.grad(objective(layout.unflatten(leaf), batch).reshape(()), leaf, create_graph=True)
-            (curved,) = torch.autograd.grad(g, leaf, grad_outputs=g.detach())
-            force = force - lr / 2 * curved.detach()
-            x = x - lr * g.detach()
-        for _ in range(steps):
-            x = x + lr * gradient(x)
-    gap, expected = (x - start).double(), 2 * lr * force.double()
-    distance = float(gap.norm())
-    return Estimate(
-        distance, residual=float((gap - expected).norm()) / max(float(expected.norm()), 1e-300), refs=("thermodynamic-irreversibility R3",)
-    )
+    _positive(lr)
+    usable = [c for c in charges if c.kind != "linear" and all(n in objective.params for n in c.parameters)]
+    found, moments = charge_moments(objective, loader, usable)
+    factor, pull = moments.factor(batch_size, replacement), 2 * weight_decay / lr
+    squares = moments.square or gradient_moments(objective, loader, unit=moments.unit).square  # type: ignore[arg-type]
+    layers = {}
+    for n, m in moments.mean.items():
+        energy = float((m.square() + factor * (squares[n] - m.square())).sum())
+        layers[n] = lr * energy - 2 * weight_decay * float(objective.params[n].double().square().sum())
+    gaps: dict[str, Tensor] = {}
+    for c, f in zip(usable, found, strict=True):
+        _, plus, minus = f.of_batch(factor)
+        grow, shrink = c.split(objective.params, objective.params)
+        net, size = plus - minus - pull * (grow - shrink), (plus, minus)
+        if c.kind == "matrix":
+            gap, scale = net.norm(dim=(-2, -1)), sum((s.norm(dim=(-2, -1)) for s in size), torch.zeros(()))
+        else:
+            gap, scale = net, plus + minus
+        name = c.name if c.name not in gaps else f"{c.name}#{len(gaps)}"
+        gaps[name] = torch.where(scale > 0, gap / scale.clamp_min(1e-300), torch.zeros_like(gap))
+    return Equipartition(layers, gaps)

@@ -3,6 +3,7 @@
 from parasym.methods.compress import compress
 from parasym.methods.dcs import Dcs, certify_mirror, dcs
 from parasym.methods.edit import Edit, Handle, edited, output_change
+from parasym.methods.entropic import EntropicRegularizer, cancel_entropy
 from parasym.methods.lasso import Lasso, duality_gap, lasso
 from parasym.methods.masks import Masking
 from parasym.methods.objectives import Balance, Int8, MinimumNorm, NoiseEquilibrium, Sharpness
@@ -21,6 +22,7 @@ __all__ = [
     "Certificate",
     "Dcs",
     "Edit",
+    "EntropicRegularizer",
     "FeatureGate",
     "Handle",
     "Int8",
@@ -38,6 +40,7 @@ __all__ = [
     "Spred",
     "Syre",
     "Transport",
+    "cancel_entropy",
     "certify_mirror",
     "compress",
     "critical_compression",

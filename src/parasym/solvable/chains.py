@@ -9,16 +9,15 @@ of E|g|^2, which has a closed form (perfect-platonic R3), and with it the curvat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from parasym.core.errors import InputError
+from parasym.solvable.engines import lbfgs_restarts
 
 Weights = Sequence[Tensor]
 
@@ -133,23 +132,13 @@ def minimise_gauge(weights: Weights, value: Callable[[list[Tensor]], Tensor], se
     Returns:
         the weights found, with the same product.
     """
-    widths = [W.shape[0] for W in weights[:-1]]
-    sizes = [w * w for w in widths]
-    start = spread * torch.randn(sum(sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    widths, g = [W.shape[0] for W in weights[:-1]], torch.Generator().manual_seed(seed)
+    start = {str(i): spread * torch.randn(w, w, generator=g, dtype=torch.float64) for i, w in enumerate(widths)}
 
-    def moved(flat: Tensor) -> list[Tensor]:
-        return regauge(weights, [torch.linalg.matrix_exp(p.reshape(w, w)) for p, w in zip(flat.split(sizes), widths, strict=True)])
+    def moved(algebra: Mapping[str, Tensor]) -> list[Tensor]:
+        return regauge(weights, [torch.linalg.matrix_exp(A) for A in algebra.values()])
 
-    def call(x: np.ndarray) -> tuple[float, np.ndarray]:
-        t = torch.from_numpy(x.copy()).requires_grad_()
-        f = value(moved(t))
-        (g,) = torch.autograd.grad(f, t)
-        return float(f.detach()), g.numpy()
-
-    x = start.numpy()
-    for _ in range(2):  # started anew: the memory of the first run's valley is forgotten
-        x = minimize(call, x, jac=True, method="L-BFGS-B", options={"maxiter": 20_000, "maxfun": 40_000, "ftol": 0.0, "gtol": 1e-11}).x
-    return [W.detach() for W in moved(torch.from_numpy(x))]
+    return moved(lbfgs_restarts(lambda algebra: value(moved(algebra)), [start], tol=1e-11).best)
 
 
 # ------------------------------------------------------------------------------------------------ the one noise picks
