@@ -223,7 +223,7 @@ def functional(model: nn.Module, *, values: bool = True) -> Functional:
                 buffers[path] = p.detach()
                 slots.append(_Slot(module, attr, path, path, True))
                 continue
-            strided = p.layout is torch.strided and not p.is_meta and p.numel() > 0
+            strided = p.layout is torch.strided and not p.is_meta and p.numel() > 0 and not _is_shard(p)
             family = by_storage.setdefault(p.untyped_storage().data_ptr(), []) if strided else []
             name, perm = (by_id[id(p)], None) if id(p) in by_id else _canonical(path, p, family)
             slots.append(_Slot(module, attr, path, name, True, perm))
@@ -340,7 +340,7 @@ def _check_tensor(path: str, t: Tensor, values: bool, kind: str = "parameter") -
     if not values:
         return
     kind_name = type(t).__name__
-    if kind_name == "DTensor" or (hasattr(t, "full_tensor") and hasattr(t, "placements")):
+    if _is_shard(t):
         raise InputError(f"The {kind} {path} is sharded over devices ({kind_name}): gather it (full_tensor, or a full state dict) first.")
     if t.is_meta:
         raise InputError(f"The {kind} {path} is on the meta device and has no values: load the weights (to_empty, then load_state_dict).")
@@ -351,6 +351,11 @@ def _check_tensor(path: str, t: Tensor, values: bool, kind: str = "parameter") -
         )
     if t.layout is not torch.strided:
         raise InputError(f"The {kind} {path} has layout {t.layout}: only dense (strided) tensors can be used; call .to_dense().")
+
+
+def _is_shard(t: Tensor) -> bool:
+    """Whether a tensor is a DTensor: it has no address of its own."""
+    return type(t).__name__ == "DTensor" or (hasattr(t, "full_tensor") and hasattr(t, "placements"))
 
 
 def _check_finite(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:

@@ -130,19 +130,16 @@ class Charge:
     def _added(self, total: Tensor, block: Block, u: Tensor, v: Tensor | None, factor: float) -> Tensor:
         """A total with one block's part of q(u, v) added; u and v: (rest, n, m) float64."""
         at = block.copy.to(u.device)
+        axes = (0, 1) if at.shape[0] == 1 else (1,)  # the rest axes belong to one copy, so they are summed at once
         if self.kind == "linear":
-            each = u.sum(1)
+            each = u.sum(axes)
         else:
             assert v is not None
             if self.kind == "quadratic":
-                each = (u * v).sum(1)
-            elif at.shape[0] == 1:  # (m, n, n): the rest axes belong to one copy, so they are summed at once
-                each = torch.einsum("rim,rjm->mij", u, v)[None]
+                each = (u * v).sum(axes)
             else:
-                each = torch.einsum("rim,rjm->rmij", u, v)
-        if at.shape[0] == 1 and self.kind != "matrix":
-            each = each.sum(0, keepdim=True)
-        each = each.reshape(-1, *each.shape[2:])
+                each = torch.einsum("rim,rjm->mij" if at.shape[0] == 1 else "rim,rjm->rmij", u, v)
+        each = each.reshape(-1, self.size, self.size) if self.kind == "matrix" else each.reshape(-1)
         if self.kind == "matrix":
             each = 0.5 * (each + each.transpose(-1, -2))
         return total.index_add(0, at.reshape(-1), factor * each)

@@ -130,9 +130,19 @@ class Copies:
 
 
 def units(p: Tensor, place: Place) -> Tensor:
-    """(rest, n, m) view of a parameter by unit and column (a copy)."""
+    """(rest, n, m) values of a parameter by unit and column; not to be written to: where the positions are evenly spaced it is a view."""
     moved = _last(p, place.axis)
-    return moved[..., place.index.reshape(-1)].reshape(-1, *place.index.shape)
+    n, m = place.index.shape
+    if n * m > 1:
+        first = int(place.index[0, 0])
+        if int(place.index[-1, -1]) - first == n * m - 1:
+            steps = torch.arange(first, first + n * m, device=place.index.device)
+            part = moved.narrow(-1, first, n * m)
+            if torch.equal(place.index, steps.view(n, m)):
+                return part.reshape(-1, n, m)
+            if torch.equal(place.index, steps.view(m, n).T):
+                return part.reshape(-1, m, n).transpose(1, 2)
+    return moved[..., place.index.reshape(-1)].reshape(-1, n, m)
 
 
 def put(p: Tensor, place: Place, value: Tensor, add: bool) -> Tensor:

@@ -91,6 +91,7 @@ class Books:
         self._group = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
         self._gap = [[0.0, 0.0, 0.0] for _ in optimizer.param_groups]
         self._skipped = 0
+        self._squares: dict[tuple[str, str], float] = {}
         self.coarse = torch.finfo(torch.float32).eps  # precision that gradients are computed in
         names: dict[tuple[str, str], int] = {}
         self.books = []
@@ -135,6 +136,7 @@ class Books:
         Args:
             late_gradient: the gradient exists only inside the step (a closure): keep the weights for after it.
         """
+        self._squares = {}
         for book in self.books:
             book.exact, book.parts, book.kept, book.along = False, {}, {}, None
             book.why = book.note or ("the gradient is computed inside the step" if late_gradient else self._obstacle(book))
@@ -145,10 +147,7 @@ class Books:
             book.kept = {n: p.clone() for n, p in theta.items()}
             gradients = {} if late_gradient else self._gradients(book)
             at = {n: self.whole(p) for n, p in theta.items()}
-            if gradients:
-                book.value = self._common(book, at, gradients)
-            else:
-                book.value = book.charge(at, book.metric)
+            book.value = self._state(book, at, gradients)[0]
 
     def _gradients(self, book: Book) -> dict[str, Tensor]:
         scale = getattr(self.optimizer, "grad_scale", None)  # a fused optimiser unscales by itself
@@ -160,18 +159,31 @@ class Books:
                 out[n] = g if scale is None else g / scale.to(g.device, g.dtype)
         return out
 
-    def _common(self, book: Book, at: Params, gradients: Params) -> Tensor:
-        """The charge, and how far the gradient has a part along the orbit, relative to what the two norms allow."""
+    def _state(self, book: Book, at: Params, gradients: Params, pairs: Sequence[tuple[Params, Params]] = ()) -> list[Tensor]:
+        """The charge's value, how far the gradient has a part along the orbit (relative to what the norms allow), and further forms."""
         charge = book.charge
-        value = charge(at, book.metric)
-        along = charge.form(gradients, gradients if charge.kind == "linear" else at)
-        weights = sum(float(p.double().square().sum()) for n, p in at.items() if n in gradients)
-        push = sum(float(g.double().square().sum()) for g in gradients.values())
-        norm = math.sqrt(push) * (1.0 if charge.kind == "linear" else math.sqrt(weights))
-        book.along = float(along.square().mean().sqrt()) / norm if norm > 0 and along.numel() else 0.0
-        lr = max((float(self._of(n)["lr"]) for n in book.names if id(self.params[n]) in self._group), default=0.0)
-        book.slack = 2 * lr * norm * 32 * self.coarse
-        return value
+        plain = all(m == 1 for m in book.metric.values())
+        vectors: list[Params] = [at, gradients]
+        wanted = [(1, 0)] if gradients else []
+        wanted += [(0, 0)] if plain else []
+        for pair in pairs:
+            vectors += [v for v in pair if not any(v is w for w in vectors)]
+            wanted.append(tuple(next(i for i, w in enumerate(vectors) if w is v) for v in pair))  # type: ignore[arg-type]
+        found = list(charge.forms(vectors, wanted)) if wanted else []
+        if gradients:
+            along = found.pop(0)
+            push = math.sqrt(sum(self._square(n, g) for n, g in gradients.items()))
+            norm = push * (1.0 if charge.kind == "linear" else math.sqrt(sum(self._square(n, at[n], "weight") for n in gradients)))
+            book.along = float(along.square().mean().sqrt()) / norm if norm > 0 and along.numel() else 0.0
+            lr = max((float(self._of(n)["lr"]) for n in book.names if id(self.params[n]) in self._group), default=0.0)
+            book.slack = 2 * lr * norm * 32 * self.coarse
+        return found if plain else [charge(at, book.metric), *found]
+
+    def _square(self, name: str, value: Tensor, side: str = "gradient") -> float:
+        """|value|^2; several charges ask for the same."""
+        if (name, side) not in self._squares:
+            self._squares[name, side] = float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2
+        return self._squares[name, side]
 
     def _obstacle(self, book: Book) -> str:
         """Why the law cannot be used at this step; empty where it can."""
@@ -203,37 +215,36 @@ class Books:
         book.exact = True
         g = self._gradients(book)
         if not g:
-            book.value = charge(at, book.metric)
-            book.parts = dict.fromkeys(_PARTS, torch.zeros_like(book.value))
-            book.slack = 0.0
+            (book.value,) = self._state(book, at, g)
+            book.parts, book.slack = dict.fromkeys(_PARTS, torch.zeros_like(book.value)), 0.0
             return
-        book.value = Q = self._common(book, at, g)
         eta, mu = float(group["lr"]) * book.metric[book.names[0]], float(group["momentum"])
         gamma = float(group["weight_decay"]) / book.metric[book.names[0]]
         sign = -1 if group["maximize"] else 1
-        d = {}
+        step = {}
         for n in book.names:
             wd = float(self._of(n)["weight_decay"])
-            d[n] = g[n] if sign > 0 and not wd else torch.add(sign * g[n] if sign < 0 else g[n], at[n], alpha=wd)
-        pull, inertia, step = gamma * Q, torch.zeros_like(Q), d
+            step[n] = g[n] if sign > 0 and not wd else torch.add(sign * g[n] if sign < 0 else g[n], at[n], alpha=wd)
+        held, keep = {}, 1.0
         if mu:
-            buffers = {n: self._buffer(n) for n in book.names}
+            d, buffers = step, {n: self._buffer(n) for n in book.names}
             held = {n: self.whole(b) for n, b in buffers.items() if b is not None}
             keep = 1 - float(group["dampening"]) if held else 1.0
-            if held:
-                inertia = mu * (charge.form(held, held) if charge.kind == "linear" else charge.form(at, held))
-            pull = keep * pull
-            velocity = {n: torch.add(mu * held[n], d[n], alpha=keep) if n in held else d[n] for n in book.names}
-            step = velocity
+            step = {n: torch.add(mu * held[n], d[n], alpha=keep) if n in held else d[n] for n in book.names}
             if group["nesterov"]:
-                step = {n: torch.add(d[n], velocity[n], alpha=mu) for n in book.names}
-                pull, inertia = gamma * Q + mu * pull, mu * inertia
-        half = 1.0 if charge.kind == "linear" else 2.0
-        if charge.kind == "linear":
-            source = torch.zeros_like(Q)
-        else:
-            same = set(book.metric.values()) == {1.0}
-            source = eta**2 * charge.form(step, step, None if same else {n: 1 / m for n, m in book.metric.items()})
+                step = {n: torch.add(d[n], step[n], alpha=mu) for n in book.names}
+        linear, plain = charge.kind == "linear", all(m == 1 for m in book.metric.values())
+        pairs = [(held, held) if linear else (at, held)] if held else []
+        pairs += [] if linear or not plain else [(step, step)]
+        book.value, *forms = self._state(book, at, g, pairs)
+        pull = keep * gamma * book.value
+        inertia = mu * forms.pop(0) if held else torch.zeros_like(book.value)
+        if mu and group["nesterov"]:
+            pull, inertia = gamma * book.value + mu * pull, mu * inertia
+        source = torch.zeros_like(book.value)
+        if not linear:
+            source = eta**2 * (forms.pop(0) if plain else charge.form(step, step, {n: 1 / m for n, m in book.metric.items()}))
+        half = 1.0 if linear else 2.0
         book.parts = {"decay": -half * eta * pull, "source": source, "cross": -half * eta * inertia}
 
     def after(self, step: int) -> tuple[list[Row], list[Book]]:

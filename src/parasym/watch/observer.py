@@ -90,7 +90,7 @@ class Watch:
         self._capture: Any = None
         self._coarse: float | None = None
         self._warned: set[str] = set()
-        self._silent = False
+        self._silent = self._told = False  # watching failed here; on some rank, and all know
         self._inner = functional(model, values=False).model
         self._params = _live(self._inner)
         self._trained = [p for g in optimizer.param_groups for p in g["params"]]
@@ -209,7 +209,7 @@ class Watch:
             self._captured = few(args, kwargs, _CAPTURED)
 
     def _pre(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.closed or self._silent:
+        if self.closed or self._gone:
             return None
         answer = None
         with self.budget.hook(), self._safely("before the step"), torch.no_grad():
@@ -218,7 +218,7 @@ class Watch:
                 return None
             self.step += 1
             self._due = tuple(n for n, m in self.budget.meters.items() if m.active and m.next <= self.step)
-            if self._idle:
+            if self._idle or self._silent:
                 return None
             if self._pairs.waiting:
                 with self.budget.measuring("noise"):
@@ -271,10 +271,10 @@ class Watch:
         return isinstance(found, Tensor) and bool(found.item())
 
     def _post(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.closed or self._silent:
+        if self.closed or self._gone:
             return
         with self.budget.hook(ends_step=True), torch.no_grad():
-            if not self._idle and (self._due or self._rows):
+            if not (self._idle or self._silent) and (self._due or self._rows):
                 with self._safely("after the step"), rng_state():
                     self._after()
         if not (self._due or self._rows or self._alerts):
@@ -287,6 +287,11 @@ class Watch:
                 with self._safely("planning"):
                     self._plan(due)
                     self._flush()
+
+    @property
+    def _gone(self) -> bool:
+        """Whether watching has failed, and every rank knows it."""
+        return self._silent and (self._told or not self._distributed)
 
     # -- what is measured --------------------------------------------------------------------------------------------------------
 
@@ -491,10 +496,14 @@ class Watch:
         mine = [float(self._silent), 0.0 if loss is None else 1.0, 0.0 if loss is None else float(loss)]
         ahead = [float(m.next - self.step) if m.active else -1.0 for m in meters.values()]
         device = next(iter(self._params.values())).device
-        sent = torch.tensor([*mine, *(ahead if not self._rank else [0.0] * len(ahead))], dtype=torch.float32, device=device)
+        sent = torch.tensor(
+            [*mine, *(ahead if not self._rank else [0.0] * len(ahead))],
+            dtype=torch.float32 if device.type == "mps" else torch.float64,
+            device=device,
+        )
         dist.all_reduce(sent)
         failed, losses, total, *plan = sent.tolist()
-        self._silent = self._silent or failed > 0
+        self._silent = self._told = self._silent or failed > 0
         self._agreed = total / losses if losses else None
         for m, wait in zip(meters.values(), plan, strict=True):
             m.next = self.step + int(wait) if wait > 0 else NEVER
@@ -571,7 +580,7 @@ class Watch:
             yield
         except Exception as error:
             self._silent = what not in ("closing", "a sink", "the record", "reading the first batch")
-            self._due, self._rows = (), []
+            self._rows = []
             self._micro.disarm()
             self._pairs.drop()
             self._warn("failed", f"failed {what}, and stops watching; training goes on: {type(error).__name__}: {error}")
