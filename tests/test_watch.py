@@ -190,6 +190,7 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.optim
     "adam": (mlp, lambda m: torch.optim.Adam(m.parameters(), lr=1e-2), plain),
     "adamw": (Norms, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), accumulated),
     "norms and dropout": (Norms, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9), plain),
+    "norms compiled": (Norms, lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9), plain),
     "autocast": (mlp, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), autocast),
     "scaled": (mlp, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), scaled),
     "scaled and fused": (mlp, lambda m: torch.optim.Adam(m.parameters(), lr=1e-2, fused=True), scaled),
@@ -218,7 +219,7 @@ def both(name: str, folder: Path, wrap: Callable[[nn.Module], nn.Module] = lambd
     return same(*results), folder / "run.sqlite"
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [n for n in RUNS if "compiled" not in n])
 def test_the_watched_run_is_the_unwatched_one(name: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -736,3 +737,14 @@ def test_the_package_is_the_function() -> None:
     import parasym.watch.record
 
     assert callable(parasym.watch) and "Observe a training run" in (parasym.watch.watch.__doc__ or "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [False, True])
+def test_a_compiled_run_is_not_changed(given: bool, tmp_path: Path) -> None:
+    """Compiled by the default back end before it is watched; the batch comes from the first call, or is given."""
+    options: dict[str, Any] = {} if given else {"batch": None, "measure": ("core", "noise", "collapse")}
+    difference, path = both("norms compiled", tmp_path, torch.compile, **options)
+    assert difference == ""
+    seen = rows(path)
+    assert "charge" in seen["kind"] and max(seen["step"]) == 9 and ("sharpness" in seen["kind"]) == given
