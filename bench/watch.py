@@ -115,21 +115,20 @@ def families(path: Path) -> None:
                 return "OV, GL per head"
             return "MLP units" if "channel" in name else "norm gains"
 
-        table: dict[str, list[tuple[float, float, float, str]]] = {}
+        table: dict[str, list[tuple[float, float, int, bool]]] = {}
         for name, where, of in names:
             if of != "charge" or ":" in name or not any(name.startswith(c["name"]) for c in charges):
                 continue
             seen, error = record.series(name, where), record.series(f"{name}: prediction error", where)
-            law = "gradient along the orbit"
-            table.setdefault(kind(where, name), []).append(
-                (float(error.value[-1]), float(record.series(f"{name}: {law}", where).value.max()), len(seen.step), seen.status[-1])
-            )
-    print(f"  {'charge':18} {'families':>8} {'observed':>8} {'prediction error':>17} {'<A theta, g> / |theta| |g|':>27}  law")
+            exact = seen.status[-1] == "ok"
+            law = record.series(f"{name}: {'residual of the step' if exact else 'gradient along the orbit'}", where)
+            table.setdefault(kind(where, name), []).append((float(error.value[-1]), float(law.value.max()), len(seen.step), exact))
+    print(f"  {'charge':18} {'families':>8} {'observed':>8} {'prediction error':>17} {'residual of the law':>21}  law")
     for name, found in sorted(table.items()):
         error = torch.tensor([f[0] for f in found])
         print(
             f"  {name:18} {len(found):8d} {found[0][2]:8.0f} {float(error.median()):8.1%} (to {float(error.max()):.1%}) "
-            f"{max(f[1] for f in found):25.1e}  {'exact' if found[0][3] == 'ok' else 'cross term measured'}"
+            f"{max(f[1] for f in found):21.1e}  {'exact' if found[0][3] else '<A theta, g> = 0 alone'}"
         )
 
 
@@ -146,9 +145,8 @@ def main_trainer(rule: str, steps: int, rounds: int) -> None:
         size = Record.open(path).meta["parameters"]
         each = min(plain) / (steps - WARM)
         print(f"{rule}: GPT of {size:,} parameters, Hugging Face Trainer, {steps} steps of {1e3 * each:.0f} ms CPU, budget 5 %")
-        print(
-            f"  watched / unwatched: {min(watched) / min(plain):.3f} (rounds: {', '.join(f'{w / p:.3f}' for w, p in zip(watched, plain, strict=True))})"
-        )
+        ratios = ", ".join(f"{w / p:.3f}" for w, p in zip(watched, plain, strict=True))
+        print(f"  watched / unwatched: {min(watched) / min(plain):.3f} (rounds: {ratios})")
         info = last["watch"]
         print(
             f"  by the watch's own clock {info['overhead']:.1%} of the run; search for symmetries, once: {sum(info['once'].values()):.1f} s"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -45,6 +46,11 @@ class Block:
     place: Place
     copy: Tensor
     weight: float = 1.0
+
+    @cached_property
+    def one_each(self) -> bool:
+        """Whether the columns are copies 0, 1, 2, ... in order."""
+        return self.copy.shape[0] == 1 and torch.equal(self.copy[0], torch.arange(self.copy.shape[1], device=self.copy.device))
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class Charge:
 
     def _added(self, total: Tensor, block: Block, u: Tensor, v: Tensor | None, factor: float) -> Tensor:
         """A total with one block's part of q(u, v) added; u and v: (rest, n, m) float64."""
-        at = block.copy.to(u.device)
+        at = block.copy if block.copy.device == u.device else block.copy.to(u.device)
         axes = (0, 1) if at.shape[0] == 1 else (1,)  # the rest axes belong to one copy, so they are summed at once
         if self.kind == "linear":
             each = u.sum(axes)
@@ -142,7 +148,9 @@ class Charge:
         each = each.reshape(-1, self.size, self.size) if self.kind == "matrix" else each.reshape(-1)
         if self.kind == "matrix":
             each = 0.5 * (each + each.transpose(-1, -2))
-        return total.index_add(0, at.reshape(-1), factor * each)
+        if block.one_each and len(each) == len(total):
+            return torch.add(total, each, alpha=factor)
+        return total.index_add(0, at.reshape(-1), each, alpha=factor)
 
     def act(self, params: Params, element: Tensor) -> dict[str, Tensor]:
         """The group element exp(sum lam A) on the parameters of the charge; nothing is changed in place.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -45,6 +46,17 @@ class Place:
     @property
     def key(self) -> tuple[str, int, tuple[int, ...]]:
         return self.parameter, self.axis, self.branch
+
+    @cached_property
+    def spacing(self) -> tuple[int | None, bool]:
+        """First position and whether units (else columns) are next to each other, where the positions are a run of the axis; else None."""
+        n, m = self.index.shape
+        if n * m == 0 or int(self.index[-1, -1]) - (first := int(self.index[0, 0])) != n * m - 1:
+            return None, False
+        steps = torch.arange(first, first + n * m, device=self.index.device)
+        if torch.equal(self.index, steps.view(n, m)):
+            return first, False
+        return (first, True) if torch.equal(self.index, steps.view(m, n).T) else (None, False)
 
 
 @dataclass(frozen=True)
@@ -133,16 +145,11 @@ def units(p: Tensor, place: Place) -> Tensor:
     """(rest, n, m) values of a parameter by unit and column; not to be written to: where the positions are evenly spaced it is a view."""
     moved = _last(p, place.axis)
     n, m = place.index.shape
-    if n * m > 1:
-        first = int(place.index[0, 0])
-        if int(place.index[-1, -1]) - first == n * m - 1:
-            steps = torch.arange(first, first + n * m, device=place.index.device)
-            part = moved.narrow(-1, first, n * m)
-            if torch.equal(place.index, steps.view(n, m)):
-                return part.reshape(-1, n, m)
-            if torch.equal(place.index, steps.view(m, n).T):
-                return part.reshape(-1, m, n).transpose(1, 2)
-    return moved[..., place.index.reshape(-1)].reshape(-1, n, m)
+    first, by_column = place.spacing
+    if first is None:
+        return moved[..., place.index.reshape(-1)].reshape(-1, n, m)
+    part = moved.narrow(-1, first, n * m)
+    return part.reshape(-1, m, n).transpose(1, 2) if by_column else part.reshape(-1, n, m)
 
 
 def put(p: Tensor, place: Place, value: Tensor, add: bool) -> Tensor:

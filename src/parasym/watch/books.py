@@ -160,23 +160,24 @@ class Books:
         return out
 
     def _state(self, book: Book, at: Params, gradients: Params, pairs: Sequence[tuple[Params, Params]] = ()) -> list[Tensor]:
-        """The charge's value, how far the gradient has a part along the orbit (relative to what the norms allow), and further forms."""
+        """The charge's value and further forms, in one pass; without a law also how far the gradient has a part along the orbit."""
         charge = book.charge
         plain = all(m == 1 for m in book.metric.values())
-        vectors: list[Params] = [at, gradients]
-        wanted = [(1, 0)] if gradients else []
-        wanted += [(0, 0)] if plain else []
-        for pair in pairs:
-            vectors += [v for v in pair if not any(v is w for w in vectors)]
-            wanted.append(tuple(next(i for i, w in enumerate(vectors) if w is v) for v in pair))  # type: ignore[arg-type]
-        found = list(charge.forms(vectors, wanted)) if wanted else []
+        asked = [(at, at)] if plain else []
+        asked += pairs
+        asked += [(gradients, at)] if gradients and not book.exact else []
+        vectors: list[Params] = []
+        for pair in asked:
+            vectors += [v for v in dict(zip(map(id, pair), pair, strict=True)).values() if not any(v is w for w in vectors)]
+        found = list(charge.forms(vectors, [tuple(_index(vectors, v) for v in pair) for pair in asked])) if asked else []  # type: ignore[misc]
         if gradients:
-            along = found.pop(0)
             push = math.sqrt(sum(self._square(n, g) for n, g in gradients.items()))
             norm = push * (1.0 if charge.kind == "linear" else math.sqrt(sum(self._square(n, at[n], "weight") for n in gradients)))
-            book.along = float(along.square().mean().sqrt()) / norm if norm > 0 and along.numel() else 0.0
             lr = max((float(self._of(n)["lr"]) for n in book.names if id(self.params[n]) in self._group), default=0.0)
             book.slack = 2 * lr * norm * 32 * self.coarse
+            if not book.exact:
+                along = found.pop()
+                book.along = float(along.square().mean().sqrt()) / norm if norm > 0 and along.numel() else 0.0
         return found if plain else [charge(at, book.metric), *found]
 
     def _square(self, name: str, value: Tensor, side: str = "gradient") -> float:
@@ -259,7 +260,7 @@ class Books:
             if not book.exact:
                 book.parts = self._identity(book, at)
             book.kept = {}
-            if not bool(torch.isfinite(now).all()) or not all(bool(torch.isfinite(p).all()) for p in book.parts.values()):
+            if not math.isfinite(float(now.sum() + sum(p.sum() for p in book.parts.values()))):
                 book.predicted, book.rates, book.variance = None, {}, 0.0
                 rows.append(Row(book.label, book.where, "charge", math.nan, status="not_converged", note="a weight is not finite"))
                 continue
@@ -328,8 +329,8 @@ class Books:
         if book.variance:
             notes.append("the standard error is that of the prediction")
         moved, error = now - book.start, now - book.predicted
-        size = float(moved.square().mean().sqrt())
-        off = float(error.square().mean().sqrt())
+        residual = now - book.value - book.parts["decay"] - book.parts["source"] - book.parts["cross"]
+        size, off, worst = torch.stack([moved.square().mean().sqrt(), error.square().mean().sqrt(), residual.abs().max()]).tolist()
         rows = [
             Row(
                 name, where, "charge", book.mean(now), book.mean(book.predicted), math.sqrt(book.variance) if book.variance else None,
@@ -341,12 +342,11 @@ class Books:
             ),
         ]  # fmt: skip
         if book.exact:
-            residual = float((now - book.value - sum(book.parts.values())).abs().max())
-            bad = residual > limit and not book.charge.approximate
+            bad = worst > limit and not book.charge.approximate
             book.violations = book.violations + 1 if bad else 0
             rows.append(
                 Row(
-                    f"{name}: residual of the step", where, "charge", residual, 0.0, status="violated" if bad else "ok",
+                    f"{name}: residual of the step", where, "charge", worst, 0.0, status="violated" if bad else "ok",
                     note=f"largest over its numbers; round-off explains {limit:.1e}",
                 )
             )  # fmt: skip
@@ -397,3 +397,7 @@ class Books:
             b.metric, b.seen, b.violations, b.size = dict(s["metric"]), s["seen"], s["violations"], s["size"]
         if len(gap) == len(self._gap):
             self._gap, self._skipped = [list(g) for g in gap], skipped
+
+
+def _index(vectors: Sequence[Params], vector: Params) -> int:
+    return next(i for i, v in enumerate(vectors) if v is vector)

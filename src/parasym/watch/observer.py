@@ -41,7 +41,7 @@ log = logging.getLogger("parasym")
 MEASURES = ("core", "noise", "samples", "collapse", "sharpness")
 """core: charges, norms, rates, loss; noise: gradients of successive steps and of micro-batches; samples: gradients of single samples."""
 
-_SHARES = {"core": 0.5, "noise": 0.1, "samples": 0.1, "collapse": 0.15, "sharpness": 0.15}
+_SHARES = {"core": 0.7, "noise": 0.05, "samples": 0.05, "collapse": 0.1, "sharpness": 0.1}
 _PRIORS = {"core": 0.0, "noise": 0.2, "samples": 5.0, "collapse": 10.0, "sharpness": 60.0}  # in steps, until one was timed
 _CAPTURED = 32  # samples kept of the first batch
 _DATA_COLLAPSE = 3_000_000  # parameters up to which collapse is measured on data
