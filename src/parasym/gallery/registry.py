@@ -36,6 +36,7 @@ FILES: dict[str, str] = {
     "stochastic-networks-deterministic": "stochastic_networks_deterministic",
     "three-mechanisms": "three_mechanisms",
     "thermodynamic-irreversibility": "thermodynamic_irreversibility",
+    "syre": "syre",
     "volumization": "volumization",
 }
 

@@ -141,13 +141,15 @@ class Syre:
         For a mirror O it is 4 gamma c.c0 with c = O^T theta, c0 = O^T theta0 (D = 1): zero only if c0 = 0. Source: syre R3.
         """
         total = 0.0
-        for name, p in self.parameters.items():
-            if name in reflected:
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                if name not in reflected:
+                    continue
                 xi = self.excess(name)
                 weight = 1.0 if xi is None else 1 + xi.double()
                 point = self.theta0(name).double()
                 moved = (weight * (reflected[name].double() - point).square()).sum()
-                total += float(moved - (weight * (p.detach().double() - point).square()).sum())
+                total += float(moved - (weight * (p.double() - point).square()).sum())
         return Estimate(gamma * total, refs=("syre R3",))
 
     def _summary(self) -> dict[str, Any]:
@@ -330,9 +332,7 @@ def syre(
 
 
 def _sharded(model: nn.Module, include: Callable[[str, Tensor], bool] | None) -> dict[str, nn.Parameter]:
-    chosen = {
-        n: p for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point() and (include is None or include(n, p))
-    }
+    chosen = {n: p for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point() and (include is None or include(n, p))}
     if not chosen:
         raise InputError("No trainable floating-point parameter of this sharded model is selected.")
     return chosen
