@@ -32,6 +32,7 @@ FILES: dict[str, str] = {
     "probabilistic-stability": "probabilistic_stability",
     "sgd-local-maxima": "sgd_local_maxima",
     "snake-activation": "snake_activation",
+    "spred": "spred",
     "stochastic-collapse": "stochastic_collapse",
     "stochastic-networks-deterministic": "stochastic_networks_deterministic",
     "three-mechanisms": "three_mechanisms",

@@ -655,6 +655,9 @@ def _regress(config: OthersConfig, name: str) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ the entry
 
 
+DIGITS = PlasticityConfig(data="digits")
+
+
 @dataclass(frozen=True)
 class Config:
     """One field for each experiment."""
@@ -663,7 +666,7 @@ class Config:
     trap: TrapConfig | None = TrapConfig()
     orbit: OrbitConfig | None = OrbitConfig()
     autoencoder: AutoencoderConfig | None = AutoencoderConfig()
-    plasticity: PlasticityConfig | None = PlasticityConfig(data="digits")
+    plasticity: PlasticityConfig | None = DIGITS
     others: OthersConfig | None = OthersConfig()
 
 

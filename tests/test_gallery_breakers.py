@@ -1,0 +1,131 @@
+"""The gallery entries on removing and using symmetries: every check passes at smoke size, and fails when its mechanism is tampered with."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from parasym.gallery.contract import Entry, Part, Result
+from parasym.gallery.runner import run_entry, seeds_of
+
+FILES = ("syre", "spred")
+OLDER = ("dcs_mirror_symmetry", "stochastic_collapse")
+
+
+def entry(file: str) -> Entry:
+    return importlib.import_module(f"parasym.gallery.{file}").ENTRY
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_check_passes_at_smoke_size(file: str) -> None:
+    pytest.importorskip("sklearn", reason="the digits and the references come with scikit-learn (extra data)")
+    found = entry(file)
+    assert found.slug == file.replace("_", "-") and set(found.presets) == {"smoke", "default", "full"}
+    result = run_entry(found, found.config("smoke"), preset="smoke")
+    assert result.passed, [(c.claim, c.predicted, c.measured, c.error) for c in result.checks if not c.passed]
+    assert {c.kind for c in result.checks} == {"match", "control"} and len(result.seeds) >= 3
+    assert all(c.source.startswith(f"{found.slug} ") for c in result.checks)
+    again = Result.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
+    assert again.passed and len(again.checks) == len(result.checks)
+    for figure in result.figures:
+        figure.draw(figure.data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", (*FILES, *OLDER))
+def test_every_check_passes_by_default(file: str) -> None:
+    pytest.importorskip("sklearn", reason="the digits and the references come with scikit-learn (extra data)")
+    found = entry(file)
+    result = run_entry(found, found.config("default"), preset="default")
+    assert result.passed, [(c.claim, c.predicted, c.measured, c.error) for c in result.checks if not c.passed]
+
+
+@pytest.mark.parametrize("file", (*FILES, *OLDER))
+def test_presets_name_three_seeds_and_the_default_leaves_nothing_out(file: str) -> None:
+    found = entry(file)
+    for preset in found.presets:
+        config = found.config(preset)
+        assert [f.name for f in dataclasses.fields(config)] == list(found.experiments) and len(seeds_of(config)) >= 3
+    assert all(getattr(found.config("default"), name) is not None for name in found.experiments)
+
+
+def failed(part: Part) -> set[str]:
+    return {check.source for check in part.checks if not check.passed}
+
+
+def smoke(file: str, name: str, **changes: Any) -> Any:
+    return dataclasses.replace(getattr(entry(file).config("smoke"), name), **changes)
+
+
+# ------------------------------------------------------------------------------------------------ syre
+
+
+def test_decay_towards_zero_is_not_taken_for_syre(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import syre as gallery
+    from parasym.methods.syre import Syre
+
+    monkeypatch.setattr(Syre, "theta0", lambda self, name: torch.zeros_like(self.parameters[name]))
+    config = smoke("syre", "trap", steps=200, sigmas=(0.0045, 0.1))
+    assert {"syre A2", "syre R2", "syre R6", "syre R1"} <= failed(gallery.trap(config))
+    assert {"syre A1, R3", "syre R3", "syre R4"} & failed(gallery.identity(gallery.IdentityConfig()))
+
+
+def test_a_pull_of_the_wrong_sign_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import syre as gallery
+    from parasym.methods import syre as method_module
+    from parasym.methods.syre import Pull
+
+    assert method_module is not None
+    right = Pull._pull
+    monkeypatch.setattr(Pull, "_pull", lambda self, params, names: [-m for m in right(self, params, names)])
+    assert "syre R3" in failed(gallery.trap(smoke("syre", "trap", steps=200, sigmas=(0.0045, 0.1))))
+
+
+def test_a_wrong_gap_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import syre as gallery
+    from parasym.methods.syre import Syre
+
+    right = Syre.penalty
+    monkeypatch.setattr(Syre, "penalty", lambda self: 1.001 * right(self))
+    assert "syre A1, R3" in failed(gallery.identity(gallery.IdentityConfig()))
+
+
+# ------------------------------------------------------------------------------------------------ spred
+
+
+def test_a_decay_off_by_two_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn", reason="the data come with scikit-learn (extra data)")
+    from parasym.gallery import spred as gallery
+
+    right = gallery.fit
+
+    def wrong(slope_of: Any, shape: Any, decays: Any, **options: Any) -> Any:
+        return right(slope_of, shape, (2 * decays[0], 2 * decays[1]), **options)
+
+    monkeypatch.setattr(gallery, "fit", wrong)
+    assert {"spred A1", "spred R1"} <= failed(gallery.lasso(smoke("spred", "lasso", steps=1500)))
+    assert "spred A2" in failed(gallery.wide(smoke("spred", "wide", steps=1000)))
+
+
+def test_a_false_certificate_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn", reason="the data come with scikit-learn (extra data)")
+    from parasym.gallery import spred as gallery
+
+    right = gallery.certified
+    monkeypatch.setattr(gallery, "certified", lambda x, y, alpha, **options: right(x, y, 1.01 * alpha, **options))
+    assert "spred solver" in failed(gallery.solver(smoke("spred", "solver")))
+
+
+def test_a_saddle_left_at_another_rate_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import spred as gallery
+    from parasym.methods.spred import Product
+
+    right = Product.split
+    monkeypatch.setattr(Product, "split", lambda self, w: (2 * right(self, w)[0], 0.5 * right(self, w)[1], *right(self, w)[2:]))
+    config = smoke("spred", "landscape", horizon=2.0, late=(1.0, 2.0))
+    assert {"spred R6"} <= failed(gallery.landscape(config))
