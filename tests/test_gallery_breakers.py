@@ -13,7 +13,7 @@ import torch
 from parasym.gallery.contract import Entry, Part, Result
 from parasym.gallery.runner import run_entry, seeds_of
 
-FILES = ("syre", "spred")
+FILES = ("syre", "spred", "parameter_symmetry_unifies")
 OLDER = ("dcs_mirror_symmetry", "stochastic_collapse")
 
 
@@ -37,7 +37,7 @@ def test_every_check_passes_at_smoke_size(file: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", (*FILES, *OLDER))
+@pytest.mark.parametrize("file", [*FILES, *OLDER])
 def test_every_check_passes_by_default(file: str) -> None:
     pytest.importorskip("sklearn", reason="the digits and the references come with scikit-learn (extra data)")
     found = entry(file)
@@ -45,7 +45,7 @@ def test_every_check_passes_by_default(file: str) -> None:
     assert result.passed, [(c.claim, c.predicted, c.measured, c.error) for c in result.checks if not c.passed]
 
 
-@pytest.mark.parametrize("file", (*FILES, *OLDER))
+@pytest.mark.parametrize("file", [*FILES, *OLDER])
 def test_presets_name_three_seeds_and_the_default_leaves_nothing_out(file: str) -> None:
     found = entry(file)
     for preset in found.presets:
@@ -129,3 +129,71 @@ def test_a_saddle_left_at_another_rate_is_seen(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Product, "split", lambda self, w: (2 * right(self, w)[0], 0.5 * right(self, w)[1], *right(self, w)[2:]))
     config = smoke("spred", "landscape", horizon=2.0, late=(1.0, 2.0))
     assert {"spred R6"} <= failed(gallery.landscape(config))
+
+
+# ------------------------------------------------------------------------------------------------ parameter-symmetry-unifies
+
+
+def test_wrong_half_times_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import parameter_symmetry_unifies as gallery
+
+    right = gallery.half_times
+    monkeypatch.setattr(gallery, "half_times", lambda s, start: right(s, start.sqrt()))
+    assert "parameter-symmetry-unifies A1, R1" in failed(gallery.stairs(smoke("parameter_symmetry_unifies", "stairs")))
+
+
+def test_a_start_that_is_not_small_has_no_staircase() -> None:
+    from parasym.gallery import parameter_symmetry_unifies as gallery
+
+    config = smoke("parameter_symmetry_unifies", "stairs", start=0.5, steps=600)
+    assert "parameter-symmetry-unifies A1" in failed(gallery.stairs(config))
+    loud = smoke("parameter_symmetry_unifies", "teacher", start=0.5, steps=600)
+    assert "parameter-symmetry-unifies A3" in failed(gallery.teacher(loud))
+
+
+def test_a_wrong_threshold_of_decay_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import parameter_symmetry_unifies as gallery
+
+    right = gallery.modes_under_decay
+    monkeypatch.setattr(gallery, "modes_under_decay", lambda s, decay: right(s, 2 * decay))
+    assert "parameter-symmetry-unifies A2, R2" in failed(gallery.levels(smoke("parameter_symmetry_unifies", "levels")))
+
+
+def test_the_tracker_sees_units_leave_and_return() -> None:
+    from parasym import audit
+    from parasym.core.errors import InputError
+    from parasym.measure.hierarchy import SymmetryTracker
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    x = torch.randn(20, 3, dtype=torch.float64)
+    found = audit(model, (x,), completeness="none").symmetries
+    tracker = SymmetryTracker(found)
+    params = dict(model.named_parameters())
+    units = [p.detach().clone() for p in (model[0].weight[1], model[0].bias[1], model[2].weight[:, 1])]
+    for step, size in enumerate((1.0, 0.1, 0.0, 0.1, 1.0)):
+        with torch.no_grad():
+            model[0].weight[1], model[0].bias[1], model[2].weight[:, 1] = (size * u for u in units)
+        tracker.observe(step, params, loss=size)
+    signs = [e for e in tracker.events() if "sign" in e.symmetry]
+    assert [(e.step, e.kind) for e in signs] == [(2, "restore"), (4, "break")]
+    name = signs[0].symmetry
+    assert tracker.level(0.05)[name] == [0, 0, 1, 0, 0]
+    with pytest.raises(InputError):
+        SymmetryTracker([s for s in found if s.fixed_set is None])
+
+
+def test_measures_of_features() -> None:
+    from parasym.measure.hierarchy import distinct_directions, feature_rank, gram_agreement, within_over_between
+
+    stream = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    means = torch.randn(3, 8, generator=stream, dtype=torch.float64)
+    tight = means[labels]
+    assert float(within_over_between(tight, labels)) < 1e-20 and float(feature_rank(tight)) <= 2 + 1e-9
+    noisy = tight + 0.5 * torch.randn(60, 8, generator=stream, dtype=torch.float64)
+    assert float(within_over_between(noisy, labels)) > 0.05 and float(feature_rank(noisy)) > 2.5
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=stream, dtype=torch.float64))[0]
+    assert float(gram_agreement(noisy, noisy @ turn)) == pytest.approx(1.0) and float(gram_agreement(noisy, noisy.flip(0))) < 0.9
+    rows = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [1e-3, 1e-3]], dtype=torch.float64)
+    assert distinct_directions(rows, 0.05) == 2

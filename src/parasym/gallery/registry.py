@@ -28,6 +28,7 @@ FILES: dict[str, str] = {
     "noether-learning-dynamics": "noether_learning_dynamics",
     "noise-equilibrium": "noise_equilibrium",
     "perfect-platonic": "perfect_platonic",
+    "parameter-symmetry-unifies": "parameter_symmetry_unifies",
     "power-law-escape": "power_law_escape",
     "probabilistic-stability": "probabilistic_stability",
     "sgd-local-maxima": "sgd_local_maxima",
