@@ -1,4 +1,4 @@
-"""The front door: `parasym audit`, `parasym watch` and `parasym gallery`."""
+"""The front door: `parasym audit`, `parasym fix`, `parasym watch` and `parasym gallery`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ app = typer.Typer(
         "[bold]Start here[/]\n\n"
         "parasym audit model.py:build               a function of yours that returns (model, args)\n\n"
         "parasym audit path/to/hf-folder --html report.html\n\n"
+        "parasym fix model.py:build --method compress --out small.safetensors\n\n"
         "parasym watch tail runs/gpt                a training run, live\n\n"
         "parasym gallery list                       the papers that can be run\n\n"
         "parasym sweep probabilistic-stability --over eta=0.05:3:24 --over a=-0.99:0.97:24 --html phases.html\n\n" + EXIT_CODES
@@ -164,6 +166,10 @@ def audit(
                 found = room.audit(
                     loaded.model, args=loaded.args, kwargs=loaded.kwargs, completeness=completeness.value, seed=seed, progress=progress
                 )
+        if not stream and not target.endswith(".pt2"):
+            advise = importlib.import_module("parasym.measure.advice").on_the_command_line
+            for row in getattr(found, "advice", ()):
+                advise(row, _shell(target, weights, model))
         result = words.plain(found.to_dict())
         for note in loaded.notes:
             typer.echo(f"note: {note}", err=True)
@@ -243,6 +249,109 @@ def watch_tail(
                     _tail_lines(steps, as_json)
             except KeyboardInterrupt:
                 typer.echo("stopped; the run goes on", err=True)
+
+
+class Method(StrEnum):
+    """What `parasym fix` can do."""
+
+    balance = "balance"
+    teleport = "teleport"
+    compress = "compress"
+    prune = "prune"
+    revive = "revive"
+
+
+@app.command(
+    epilog=(
+        "[bold]Methods[/]\n\n"
+        "balance    rescale so that what every unit receives and sends out has one norm (all charges zero)\n\n"
+        "teleport   move along the symmetries to --to minimum-norm, int8 (least damage by rounding to 8 bits), balance, or agreement\n\n"
+        "compress   cut dead, duplicate and dependent units; the outputs stay\n\n"
+        "prune      set the least important weights to zero (SynFlow); no layer collapses\n\n"
+        "revive     draw units anew that are dead on the example inputs, or repeat others; the outputs there stay\n\n"
+        "[bold]Examples[/]\n\n"
+        "parasym fix train.py:build_model --weights best.safetensors --method compress --out small.safetensors\n\n"
+        "parasym fix checkpoints/my-bert --method balance --out balanced.safetensors\n\n"
+        "parasym fix checkpoints/my-llama --method teleport --to int8 --out int8-ready.safetensors\n\n"
+        "parasym fix net.py:build --weights b.safetensors --method teleport --to agreement --reference a.safetensors "
+        "--out b-like-a.safetensors\n\n"
+        "parasym fix net.py:build --method prune --keep 0.1 --out sparse.safetensors\n\n"
+        "[bold]Exit codes[/]  0 written, and its certificate holds · 1 the certificate does not hold, nothing was written · "
+        "2 the input or the command cannot be used · 3 a weights file was refused · 4 parasym itself failed (--debug shows where)"
+    )
+)
+def fix(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="As for `parasym audit`, but a network with weights, no .pt2 program.")],
+    method: Annotated[Method, typer.Option(help="What to do; see below.")],
+    out: Annotated[Path, typer.Option(help="Where the new weights go.", metavar="FILE.safetensors")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights to load first: .safetensors, or .pt/.pth with tensors only.", metavar="FILE")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The network, when TARGET is a weights file.", metavar="TARGET")] = None,
+    to: Annotated[str | None, typer.Option(help="teleport: minimum-norm, int8, balance or agreement.", metavar="AIM")] = None,
+    reference: Annotated[Path | None, typer.Option(help="teleport --to agreement: the checkpoint to agree with.", metavar="FILE")] = None,
+    keep: Annotated[float | None, typer.Option(help="prune: fraction of the weights to keep, such as 0.1.")] = None,
+    score: Annotated[str, typer.Option(help="prune: synflow, magnitude or random.")] = "synflow",
+    trust_inputs: Annotated[
+        bool, typer.Option("--trust-inputs", help="compress: what is dead on the example inputs counts as dead.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over FILE if it exists.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Apply a remedy that needs no training data, certify it, and write the new weights; TARGET is not touched."""
+    with _errors_explained(debug):
+        _check_new_weights(out, force)
+        room = importlib.import_module("parasym.methods.fix")
+        wish = room.Wish(method.value, to, reference, keep, score, trust_inputs, seed)
+        room.check(wish)
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        load = importlib.import_module("parasym.core.load")
+        with _progress() as progress:
+            progress("loading", 0.0)
+            loaded = load.load_target(target, weights, model)
+            load.require_inputs(loaded)
+            fixed = room.fix(loaded, wish, progress)
+            if fixed.ok:
+                progress("writing", 1.0)
+                room.write(fixed, out)
+        for note in (*loaded.notes, *fixed.notes):
+            typer.echo(f"note: {note}", err=True)
+        if as_json:
+            typer.echo(json.dumps({**fixed.to_dict(), "out": str(out) if fixed.ok else None}, indent=2, allow_nan=False))
+        else:
+            _show_fix(room.lines(fixed), fixed, out)
+    raise typer.Exit(OK if fixed.ok else OPEN)
+
+
+def _shell(target: str, weights: Path | None, model: str | None) -> str:
+    """TARGET and its options as they are typed in a shell."""
+    options = [*(("--weights", str(weights)) if weights else ()), *(("--model", model) if model else ())]
+    return shlex.join([target, *options])
+
+
+def _check_new_weights(out: Path, force: bool) -> None:
+    if out.suffix != ".safetensors":
+        _fail(f"--out {out}: weights are written as safetensors; end the name in .safetensors.", BAD_INPUT)
+    _check_writable(out)
+    if out.exists() and not force:
+        _fail(f"{out} exists. Give another name, or --force to write over it.", BAD_INPUT)
+
+
+def _show_fix(lines: Sequence[tuple[str, str]], fixed: Any, out: Path) -> None:
+    console = _console()
+    table = _table("", "")
+    table.show_header = False
+    for what, value in lines:
+        table.add_row(Text(what, "bold"), Text(value))
+    console.print(table)
+    if not fixed.ok:
+        console.print(Text("nothing was written: the certificate does not hold", "red"))
+    elif fixed.changed:
+        console.print(Text(f"written: {out}", "green"))
+    else:
+        console.print(Text(f"there was nothing to do; {out} holds the weights as they were", "yellow"))
 
 
 @gallery.command("list")

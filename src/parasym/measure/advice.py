@@ -14,12 +14,15 @@ class _Remedy:
     what: str
     why: str
     command: str = ""
+    method: str = ""
 
 
 def advice(rows: Sequence[Row]) -> list[dict[str, str]]:
     """What to do about what was found, worst first.
 
-    Commands are one-liners for a Python session in which ``model`` is the audited model, or empty where no command does it.
+    Commands are one-liners for a Python session in which ``model`` is the audited model and ``args``, ``kwargs`` its arguments, or empty
+    where no command does it. ``method`` names the method of `parasym.methods` that acts on the finding (`parasym fix --method` does the
+    same from the command line), and is empty where none does.
 
     Args:
         rows: from :func:`collapse` or :func:`weight_collapse`.
@@ -28,9 +31,9 @@ def advice(rows: Sequence[Row]) -> list[dict[str, str]]:
     for r in rows:
         remedy = _remedy(r)
         if remedy is not None:
-            out.append(
-                {"severity": remedy.severity, "where": r["where"], "what": remedy.what, "why": remedy.why, "command": remedy.command}
-            )
+            command = remedy.command or _python(remedy.method)
+            row = {"severity": remedy.severity, "where": r["where"], "what": remedy.what, "why": remedy.why}
+            out.append({**row, "command": command, "method": remedy.method})
     order = {"high": 0, "medium": 1, "low": 2, "info": 3}
     return sorted(out, key=lambda a: order[a["severity"]])
 
@@ -67,8 +70,8 @@ def _remedy(r: Row) -> _Remedy | None:
         return _Remedy(
             "high" if share > 0.2 else "medium" if share > 0.02 else "low",
             f"{r['count']} of {r['of']} units {_are(r)} dead",
-            why + do + " To use it again, draw its in-weights anew.",
-            _redraw(r),
+            why + do + " To use it again, draw its in-weights anew (revive).",
+            method="compress" if r["removable"] else "revive",
         )
     if kind == "duplicate" and r.get("parameters_lost", 0):
         equal = note.startswith("in- and out-weights equal")
@@ -80,8 +83,8 @@ def _remedy(r: Row) -> _Remedy | None:
         return _Remedy(
             "medium" if equal else "low",
             f"{r['count']} of {r['of']} units {'repeats another' if r['count'] == 1 else 'repeat others'}",
-            why + " Merge them (add their out-weights), or add noise to one of each pair to part them.",
-            _redraw(r) if equal else "",
+            why + " Merge them (compress adds their out-weights), or draw one of each pair anew (revive).",
+            method="compress" if r["removable"] else "revive" if equal else "",
         )
     if kind in ("always-on", "linearised"):
         return _Remedy(
@@ -112,7 +115,9 @@ def _remedy(r: Row) -> _Remedy | None:
     if kind == "imbalance":
         why = "Factors of different size see different effective learning rates, and gradient flow conserves the difference. "
         why += "Weight decay shrinks it; rescaling to equal norms removes it at once and leaves the function as it is."
-        return _Remedy("low" if share < 0.5 else "medium", f"{r['count']} of {r['of']} factor pairs {_are(r)} out of balance", why)
+        return _Remedy(
+            "low" if share < 0.5 else "medium", f"{r['count']} of {r['of']} factor pairs {_are(r)} out of balance", why, method="balance"
+        )
     return None
 
 
@@ -129,10 +134,15 @@ def _decay() -> str:
     return f"groups = [{{'params': {wide}}}, {{'params': {narrow}, 'weight_decay': 0.0}}]"
 
 
-def _redraw(r: Row) -> str:
-    """A one-liner that draws the in-weights of the listed units again, at the spread of their layer."""
-    at = r.get("axis")
-    if at is None or not r["units"] or r["count"] > len(r["units"]):
+def _python(method: str) -> str:
+    """The one-liner that runs a method on the audited model and keeps the result."""
+    if not method:
         return ""
-    weight = f"model.get_parameter({r['parameters'][0]!r}).data.movedim({at}, 0)"
-    return f"import torch; i = {r['units']}; w = {weight}; w[i] = torch.randn_like(w[i]) * w.std()"
+    call = "teleport(model, args, kwargs, to='balance')" if method == "balance" else f"{method}(model, args, kwargs)"
+    return f"from parasym.methods import {call.partition('(')[0]}; model = {call}.bake()"
+
+
+def on_the_command_line(row: dict[str, str], target: str) -> None:
+    """Put the shell command of a row of advice in the place of its one-liner; ``target`` is TARGET with the options it was given."""
+    if row.get("method"):
+        row["command"] = f"parasym fix {target} --method {row['method']} --out fixed.safetensors"

@@ -38,12 +38,16 @@ def two_sided(families: Iterable[Symmetry]) -> list[tuple[Symmetry, Charge]]:
 
 
 def imbalance(pairs: Pairs, params: Params) -> float:
-    """Sum of the charges' sizes over the sum of what they compare: 0 balanced, 1 all on one side."""
+    """Sum of the charges' sizes over the sum of what they compare: 0 balanced, 1 all on one side.
+
+    Units with nothing at all on one side have no balance and do not count.
+    """
     gap = total = 0.0
     for _, c in pairs:
         plus, minus = c.split(params, params)
-        gap += float(_size(plus - minus).sum())
-        total += float((_size(plus) + _size(minus)).sum())
+        live = (_size(plus) > 0) & (_size(minus) > 0)
+        gap += float(_size(plus - minus)[live].sum())
+        total += float((_size(plus) + _size(minus))[live].sum())
     return gap / total if total else 0.0
 
 
