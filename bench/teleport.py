@@ -273,6 +273,11 @@ def barrier(a: nn.Module, b: nn.Module, x: Tensor, y: Tensor, points: int = 11) 
     return max(v - (1 - t) * line[0] - t * line[-1] for v, t in zip(line, ts, strict=True))
 
 
+def gap(a: nn.Module, b: nn.Module) -> float:
+    """Squared distance of the parameters."""
+    return sum(float((p - q).detach().square().sum()) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
 def rebasin(kinds: Sequence[str], pairs: int) -> None:
     """Loss barriers between two independently trained networks, before and after each alignment, on training and test digits."""
     from parasym.gallery.digits import digits
@@ -290,7 +295,7 @@ def rebasin(kinds: Sequence[str], pairs: int) -> None:
         symmetries = find_symmetries(b, (d.x[:32],), None, 0, still)
         va, vb = views(a), views(b)
         matched = [with_views(b, weight_matching(va, vb, spec, s)) for s in range(6)]
-        base = min(matched, key=lambda m: float(sum((p - q).square().sum() for p, q in zip(a.parameters(), m.parameters(), strict=True))))
+        base = min(matched, key=lambda m: gap(a, m))
         plain = teleport(b, (d.x[:32],), to=Agreement(a), symmetries=symmetries)
         batch = (d.x[:512], d.y[:512])
         judged = teleport(b, (d.x[:32],), to=Agreement(a, loss_fn=F.cross_entropy, data=batch, restarts=10), symmetries=symmetries)

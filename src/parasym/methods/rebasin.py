@@ -85,6 +85,7 @@ class Agreement(Objective):
 
     def solve(self, problem: Problem) -> Solution:
         target = self.target(problem)
+        problem.orbit = problem.orbit.only(lambda s: not _statistics(s))
         start = {**problem.buffers, **problem.params}
         pairs = two_sided(problem.orbit.families) if self.continuous else []
         ours, theirs = balanced(pairs, start), balanced(pairs, target)
@@ -154,6 +155,11 @@ def balanced(pairs: Pairs, params: Params, sweeps: int = 10) -> list[Move]:
 
 def _linear(s: Symmetry) -> bool:
     return isinstance(s.action, DictionaryAction) and s.action.entry.algebra in ("scale", "gl", "so", "so1")
+
+
+def _statistics(s: Symmetry) -> bool:
+    """Whether an action holds running statistics of the units in their present order, which a permutation would leave behind."""
+    return isinstance(s.action, DictionaryAction) and any(t.factor is not None or t.op == "recentre" for _, t in s.action.entry.terms)
 
 
 def closest_scale(c: Charge, params: Params, target: Params, steps: int = 30) -> Tensor:

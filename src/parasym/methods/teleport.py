@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from parasym.core.errors import InputError, NotASymmetryError
 from parasym.core.functional import functional
@@ -23,6 +22,7 @@ from parasym.core.guards import rng_state
 from parasym.core.results import Estimate
 from parasym.core.samples import flatten
 from parasym.methods.edit import Edit, output_change
+from parasym.methods.masks import refuse_parametrized
 from parasym.methods.objectives import Balance, Function, Int8, MinimumNorm, Objective, Problem, Solution
 from parasym.methods.orbit import Move, Tell, apply, orbit_of, transport_of
 from parasym.methods.rebasin import Agreement
@@ -80,7 +80,7 @@ def teleport(
     tell = progress or (lambda stage, fraction: None)
     objective = _objective(to)
     view = functional(model)
-    refuse_parametrized(view.model)
+    refuse_parametrized(view.params, "teleport")
     if not any(p.numel() and n not in view.frozen for n, p in view.params.items()):
         raise InputError(f"{type(model).__name__} has no trainable parameter, so there is nothing to move.")
     with rng_state():
@@ -135,16 +135,6 @@ def _objective(to: Any) -> Objective:
     if callable(to) and not isinstance(to, type | nn.Module):
         return Function(to)
     raise InputError(f"to must be the name of an objective, an objective, or a function of the dict of parameters; got {to!r}.")
-
-
-def refuse_parametrized(model: nn.Module) -> None:
-    """Raise InputError where weights are computed from others by torch.nn.utils.parametrize."""
-    held = [n or "(root)" for n, m in model.named_modules() if parametrize.is_parametrized(m)]
-    if held:
-        raise InputError(
-            f"The weights of {held[0]}{f' and {len(held) - 1} more modules' if len(held) > 1 else ''} are under a parametrization, so they "
-            "cannot be moved as they are: bake it first, torch.nn.utils.parametrize.remove_parametrizations(module, name)."
-        )
 
 
 def find_symmetries(
