@@ -49,7 +49,7 @@ browser:  ## Chromium for the browser tests (Debian, as root); without it they a
 	      || echo "browser: Chromium could not be installed; the browser tests will be skipped" >&2; \
 	  else echo "browser: no Chromium and no right to install it; the browser tests will be skipped" >&2; fi; fi
 
-bench: $(STAMP)  ## growth of the audit, streaming, 1,000 random networks, and the parts beside their peers
+bench: $(STAMP) demo/data/.fetched  ## growth of the audit, streaming, 1,000 random networks, and the parts beside their peers
 	$(BIN)/pip install -q --no-deps torch-pruning==1.6.1
 	OMP_NUM_THREADS=1 $(BIN)/python bench/growth.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/streaming.py
@@ -61,6 +61,7 @@ bench: $(STAMP)  ## growth of the audit, streaming, 1,000 random networks, and t
 	OMP_NUM_THREADS=1 $(BIN)/python bench/snake.py --compile
 	OMP_NUM_THREADS=1 $(BIN)/python bench/curvature.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/per_sample.py
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python bench/teleport.py --data demo/data --quick
 
 gallery: $(STAMP)  ## run the gallery and write its report to gallery-report/
 	OMP_NUM_THREADS=2 $(BIN)/parasym gallery report gallery-report

@@ -172,6 +172,9 @@ def test_bad_input_says_what_and_what_to_do() -> None:
     whole.w = nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
     with pytest.raises(InputError, match="integer"):
         teleport(whole, (X,), to="balance")
+    whole.w = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    with pytest.raises(InputError, match="complex"):
+        teleport(whole, (X,), to="balance")
     frozen = net().requires_grad_(False)
     with pytest.raises(InputError, match="trainable"):
         teleport(frozen, (X,), to="balance")

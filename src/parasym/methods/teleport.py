@@ -81,6 +81,9 @@ def teleport(
     objective = _objective(to)
     view = functional(model)
     refuse_parametrized(view.params, "teleport")
+    unreal = [n for n, p in view.params.items() if p.is_complex()]
+    if unreal:
+        raise InputError(f"{unreal[0]!r} is complex: teleport moves real parameters; hold it as its real and imaginary parts.")
     if not any(p.numel() and n not in view.frozen for n, p in view.params.items()):
         raise InputError(f"{type(model).__name__} has no trainable parameter, so there is nothing to move.")
     with rng_state():
