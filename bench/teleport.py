@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from parasym.methods.objectives import Int8, NoiseEquilibrium, Sharpness, rounded
+from parasym.methods.objectives import Function, Int8, NoiseEquilibrium, Sharpness, rounded
 from parasym.methods.rebasin import Agreement
 from parasym.methods.teleport import find_symmetries, teleport
 
@@ -68,7 +68,7 @@ def models(data: Path, names: Sequence[str], quick: bool) -> None:
                 "balance": "balance",
                 "minimum-norm": "minimum-norm",
                 "int8": Int8(iterations=12 if heavy else 40),
-                "function": lambda p, w=weight: p[w].square().sum(),
+                "function": Function(lambda p, w=weight: p[w].square().sum(), iterations=10 if heavy else 40),
                 "sharpness": Sharpness(first_loss, batch, iterations=3 if heavy else 8, tol=1e-2),
                 "noise-equilibrium": NoiseEquilibrium(first_loss, batch, batch_size=max(1, size // 2), passes=2 if heavy else 12),
             }

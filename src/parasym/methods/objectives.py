@@ -131,14 +131,18 @@ class Function(Objective):
 
     def solve(self, problem: Problem) -> Solution:
         probe = {n: p.detach().requires_grad_() for n, p in problem.params.items()}
-        if not self._call(problem, probe).requires_grad:
+        value = self._call(problem, probe)
+        if not value.requires_grad:
             raise InputError("The objective has no gradient in the parameters: write it with torch operations on the dict it is given.")
+        found = torch.autograd.grad(value, list(probe.values()), allow_unused=True)
+        read = {n for n, g in zip(probe, found, strict=True) if g is not None}
+        orbit = problem.orbit.only(lambda s: not read.isdisjoint(s.parameters))
 
         def loss(point: Point) -> Tensor:
             out = self.function({n: point[n] for n in problem.params})
             return out.reshape(()).double()
 
-        return _solution(descend(problem.orbit, problem.params, loss, iterations=self.iterations, tell=problem.tell))
+        return _solution(descend(orbit, problem.params, loss, iterations=self.iterations, tell=problem.tell))
 
 
 # --------------------------------------------------------------------------------------------------------- balance, least norm
