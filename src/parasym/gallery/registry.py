@@ -39,6 +39,8 @@ FILES: dict[str, str] = {
     "three-mechanisms": "three_mechanisms",
     "thermodynamic-irreversibility": "thermodynamic_irreversibility",
     "syre": "syre",
+    "synflow": "synflow",
+    "topological-invariance": "topological_invariance",
     "volumization": "volumization",
 }
 
