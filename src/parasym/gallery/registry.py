@@ -41,6 +41,7 @@ FILES: dict[str, str] = {
     "syre": "syre",
     "synflow": "synflow",
     "topological-invariance": "topological_invariance",
+    "universal-compression": "universal_compression",
     "volumization": "volumization",
 }
 

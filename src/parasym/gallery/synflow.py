@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from parasym.core.graph import trace
+from parasym.core.guards import rng_state
 from parasym.gallery.contract import Entry, Figure, Part, control, holds, match
 from parasym.gallery.digits import Split, cross_entropies, digits, train
 from parasym.gallery.drawings import bars, curves
@@ -34,7 +35,8 @@ def chain(sizes: Sequence[int], seed: int, activation: type[nn.Module] = nn.ReLU
     stream = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     for a, b in pairwise(sizes):
-        layer = nn.Linear(a, b, bias=bias > 0, dtype=torch.float64)
+        with rng_state():
+            layer = nn.Linear(a, b, bias=bias > 0, dtype=torch.float64)
         with torch.no_grad():
             layer.weight.copy_(torch.randn(b, a, generator=stream, dtype=torch.float64) * math.sqrt(2 / a))
             if bias > 0:
@@ -134,13 +136,14 @@ def _convolution(config: ConservationConfig) -> list[float]:
     found = []
     for seed in config.seeds:
         stream = torch.Generator().manual_seed(seed)
-        model = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(8, 6, 3), nn.LeakyReLU(0.1), nn.Flatten(), nn.Linear(24, 10),
-        ).double().eval()  # fmt: skip
+        with rng_state():
+            model = nn.Sequential(
+                nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+                nn.Conv2d(8, 6, 3), nn.LeakyReLU(0.1), nn.Flatten(), nn.Linear(24, 10),
+            ).double().eval()  # fmt: skip
         with torch.no_grad():
-            for t in (*model.parameters(), model[1].running_mean):
-                t.copy_(0.5 * torch.randn(t.shape, generator=stream, dtype=torch.float64))  # type: ignore[union-attr, arg-type]
+            for t in (*model.parameters(), model.get_buffer("1.running_mean")):
+                t.copy_(0.5 * torch.randn(t.shape, generator=stream, dtype=torch.float64))
         x, y = _images(digits(), config.batch, seed)
         images = x.reshape(-1, 1, 8, 8)
         scores = synaptic_saliency(model, lambda out, y=y: nn.functional.cross_entropy(out, y), (images,))  # type: ignore[misc]
@@ -167,7 +170,7 @@ def schedule(config: ScheduleConfig) -> Part:
     x = (torch.ones(1, config.sizes[0], dtype=torch.float64),)
     worst: dict[int, list[float]] = {n: [] for n in config.steps}
     fewest: dict[int, list[float]] = {n: [] for n in config.steps}
-    linear, emptied, kept = [], [], []
+    linear, emptied, kept = list[float](), list[float](), list[float]()
     series = []
     for seed in config.seeds:
         model = chain(config.sizes, seed)
@@ -545,7 +548,8 @@ ENTRY = Entry(
     ),
     presets={
         "smoke": Config(
-            schedule=ScheduleConfig(sizes=(64, 48, 48, 48, 10), c=2.8, hard=(3.2,)),
+            conservation=ConservationConfig(scales=(1.0,)),
+            schedule=ScheduleConfig(sizes=(64, 48, 48, 48, 10), c=2.8, hard=(3.2,), steps=(1, 100)),
             critical=CriticalConfig(sizes=(64, 64, 64, 64, 10), grid=(4, 60, 1200), rivals=("magnitude", "random")),
             layer_view=LayersConfig(epochs=5),
             training=None,

@@ -242,7 +242,7 @@ class PairConfig:
 
 def pairs(config: PairConfig) -> Part:
     """R0, R1, R2: one step moves differences by exactly I - eta Mbar, so distances change by factors in [1 - eta K, 1 + eta K]."""
-    error, coarse, without, inside, wide = [], [], [], [], []
+    error, coarse, without, inside, wide = (list[float]() for _ in range(5))
     series = []
     for seed in config.seeds:
         draws = Ensemble((seed,))

@@ -216,13 +216,13 @@ def _power(
         v = torch.randn(shape, generator=generator, dtype=like.dtype)
         value, moved = shift, 0.0
         for _ in range(iterations):
-            v = v / v.norm(dim=1, keepdim=True)
+            v = v / v.norm(dim=1, keepdim=True).clamp(min=1e-300)
             applied = apply(v) + shift[:, None] * v
             new = (v * applied).sum(1)
             moved, value, v = float(((new - value).abs() / new.abs().clamp(min=1e-300)).max()), new, applied
         if bool((value - shift > 0).all()):
             break
-        shift = torch.where(value < 0, -value, shift)
+        shift = torch.where(value < 0, -2 * value, shift)  # then the most negative eigenvalue is the smallest
     return value - shift, moved
 
 
