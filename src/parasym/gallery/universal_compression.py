@@ -240,7 +240,9 @@ def network(config: NetworkConfig) -> Part:
             spread=folded,
         ),
         holds("heavy ball: gap over that of random subsets", momentum, at_most=0.6, source=f"{SLUG} R5", spread=momentum),
-        holds("Adam, eps large enough for a smooth rule: gap over that of random subsets", adam, at_most=0.6, source=f"{SLUG} R5", spread=adam),
+        holds(
+            "Adam, eps large enough for a smooth rule: gap over that of random subsets", adam, at_most=0.6, source=f"{SLUG} R5", spread=adam
+        ),
         match("as eps goes to 0 the factor 1/w cancels under Adam: largest difference", 0.0, cancels, 1e-6, source=f"{SLUG} R5"),
         holds("the task is learned: loss at the end over start", learned, at_most=0.05, source=f"{SLUG} A2"),
     )

@@ -15,6 +15,7 @@ from parasym.methods.spred import Certificate, FeatureGate, Product, Spred, solv
 from parasym.methods.state import Moved, Transport, linear_transport, sliced_transport
 from parasym.methods.syre import Pull, Shift, Syre, syre
 from parasym.methods.teleport import teleport
+from parasym.methods.width import thin
 
 __all__ = [
     "Agreement",
@@ -59,4 +60,5 @@ __all__ = [
     "spred",
     "syre",
     "teleport",
+    "thin",
 ]

@@ -100,11 +100,16 @@ class Masking(Edit):
         if not self.applied:
             raise InputError(f"This {self.method} edit is not applied: there is nothing to {verb}.")
         for module, attr, order in reversed(self._worn):
-            parametrize.remove_parametrizations(module, attr, leave_parametrized=False)
-            held = dict(module._parameters)
-            module._parameters.clear()  # in the order they had
-            module._parameters.update({n: held[n] for n in order if n in held} | held)
+            bare(module, attr, order)
         self._worn = []
+
+
+def bare(module: nn.Module, attr: str, order: list[str]) -> None:
+    """Take a parametrization away and leave its original parameter, the parameters of the module in their old order."""
+    parametrize.remove_parametrizations(module, attr, leave_parametrized=False)
+    held = dict(module._parameters)
+    module._parameters.clear()
+    module._parameters.update({n: held[n] for n in order if n in held} | held)
 
 
 def masked_transport(masks: Mapping[str, Tensor]) -> Transport:
