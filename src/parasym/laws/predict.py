@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -121,7 +122,7 @@ def predict(
     """
     _check(levels, steps, refresh)
     with rng_state():
-        clone, rule = copy.deepcopy((model, optimizer))
+        clone, rule = _copied(model, optimizer)
         _check_owner(clone, rule)
         stream = _endless(loader)
         first = next(stream)
@@ -144,6 +145,16 @@ def predict(
                 batch = next(stream)
         curves = tuple(_curve(a, i, levels, rule, means) for i, a in enumerate(ledger.accounts()))
     return Prediction(curves, torch.tensor(losses, dtype=torch.float64), tuple(without), means.assumptions)
+
+
+def _copied(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The two together; a torch optimiser leaves attributes of its own behind when it is copied (L-BFGS its parameters)."""
+    memo: dict[int, Any] = {}
+    clone, rule = copy.deepcopy((model, optimizer), memo)
+    for name, value in vars(optimizer).items():
+        if name not in vars(rule):
+            setattr(rule, name, copy.deepcopy(value, memo))
+    return clone, rule
 
 
 def _check(levels: Sequence[str], steps: int, refresh: int) -> None:
@@ -173,16 +184,26 @@ def _endless(loader: Any) -> Iterator[Any]:
 
 
 def _train_step(model: nn.Module, loss_fn: LossFn | None, optimizer: torch.optim.Optimizer, batch: Any) -> float:
-    """One ordinary training step on the live model."""
-    optimizer.zero_grad()
-    if loss_fn is None:
-        out = model(**batch) if isinstance(batch, Mapping) else model(*batch)
-        loss = out if isinstance(out, Tensor) else out["loss"] if isinstance(out, Mapping) else out.loss
-    else:
-        x, target = batch
-        out = model(**x) if isinstance(x, Mapping) else model(*x) if isinstance(x, tuple) else model(x)
-        loss = loss_fn(out, target)
-    loss.backward()
+    """One ordinary training step on the live model; rules that cannot step without a closure (L-BFGS) get one."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        if loss_fn is None:
+            out = model(**batch) if isinstance(batch, Mapping) else model(*batch)
+            loss = out if isinstance(out, Tensor) else out["loss"] if isinstance(out, Mapping) else out.loss
+        else:
+            x, target = batch
+            out = model(**x) if isinstance(x, Mapping) else model(*x) if isinstance(x, tuple) else model(x)
+            loss = loss_fn(out, target)
+        if loss.numel() != 1:
+            raise InputError(f"The loss must be one number, got shape {tuple(loss.shape)}: reduce it by a mean over samples.")
+        loss.backward()
+        return loss
+
+    wanted = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if wanted is not None and wanted.default is inspect.Parameter.empty:
+        return float(torch.as_tensor(optimizer.step(closure)).detach())  # type: ignore[arg-type]
+    loss = closure()
     optimizer.step()
     return float(loss.detach())
 
