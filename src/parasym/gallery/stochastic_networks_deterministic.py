@@ -275,7 +275,7 @@ class LatentConfig:
 
     latents: tuple[int, ...] = (2, 4, 16)
     beta: float = 0.3
-    small: tuple[float, ...] = (0.03, 0.003)
+    small: tuple[float, ...] = (1e-5, 1e-6)  # below every mode's own threshold
     seeds: tuple[int, ...] = (1, 2, 3)
 
 
@@ -304,7 +304,7 @@ def latent(config: LatentConfig) -> Part:
         (
             match("output variance of the trained model, each number of latents", expected, seen, 1e-5, source=f"{SLUG} R5", spread=seen),
             control("its exponent in the number of latents, in size", [abs(s) for s in slopes], at_most=0.02, source=f"{SLUG} R5"),
-            match("beta to 0: the variance falls in proportion to beta", 1.0, shrink, 0.1, source=f"{SLUG} R5", spread=shrink),
+            match("beta to 0: the variance falls in proportion to beta", 1.0, shrink, 0.02, source=f"{SLUG} R5", spread=shrink),
         )
     )
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from parasym.core.errors import InputError
 from parasym.core.guards import preserve, rng_state
 
+_ROWS = 4096  # inputs of one pass of a sampled variance
+
 
 def replicate(model: nn.Sequential, layer: int, copies: int) -> nn.Sequential:
     """A wider network with the same mean function: every unit that ``model[layer]`` makes is copied ``copies`` times (R1).
@@ -83,8 +85,9 @@ def predictive_variance(model: nn.Module, x: Tensor, samples: int = 200, *, exac
         InputError: fewer than two samples, or a network whose variance is not known exactly.
     """
     if exact:
-        noise, hidden, read = _last_hidden(model, x)
-        return noise * hidden.square() @ read.weight.square().T
+        with torch.no_grad():
+            noise, hidden, read = _last_hidden(model, x)
+            return noise * hidden.square() @ read.weight.square().T
     if samples < 2:
         raise InputError(f"a variance needs at least two samples, got {samples}")
     with preserve(model), rng_state(), torch.no_grad():
@@ -93,12 +96,15 @@ def predictive_variance(model: nn.Module, x: Tensor, samples: int = 200, *, exac
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.train()
-        mean = model(x).double()
-        squares = torch.zeros_like(mean)
-        for k in range(1, samples):  # Welford
-            gap = model(x).double() - mean
-            mean = mean + gap / (k + 1)
-            squares = squares + gap.square() * k / (k + 1)
+        mean = squares = torch.zeros((), dtype=torch.float64)
+        done, most = 0, max(1, _ROWS // max(1, len(x)))
+        while done < samples:
+            count = min(most, samples - done)
+            drawn = model(x.repeat(count, *(1,) * (x.ndim - 1))).double()  # every row has its own noise
+            drawn = drawn.reshape(count, len(x), *drawn.shape[1:])
+            gap = drawn.mean(0) - mean
+            squares = squares + drawn.var(0, correction=0) * count + gap.square() * done * count / (done + count)
+            mean, done = mean + gap * count / (done + count), done + count
     return squares / (samples - 1)
 
 

@@ -160,13 +160,13 @@ class RegularizedLAE(Landscape):
 
     def loss(self, theta: Params) -> Tensor:
         product = theta["W2"] @ theta["W1"]
-        error = self.scatter.trace() - 2 * (product * self.scatter).sum() + (product @ self.scatter * product).sum()
-        return error + self._regulariser(theta, product)
+        error = ((product @ self.scatter - 2 * self.scatter) * product).sum((-2, -1))
+        return self.scatter.trace() + error + self._regulariser(theta, product)
 
     def _regulariser(self, theta: Params, product: Tensor) -> Tensor:
-        if self.penalty == "product":
-            return self.lam * product.square().sum()
-        return self.lam * (theta["W1"].square().sum() + theta["W2"].square().sum()) if self.penalty == "sum" else product.new_zeros(())
+        if self.penalty == "sum":
+            return self.lam * (theta["W1"].square().sum((-2, -1)) + theta["W2"].square().sum((-2, -1)))
+        return self.lam * product.square().sum((-2, -1))  # lam = 0 without a penalty
 
     def data(self, count: int, seed: int) -> Mapping[str, Tensor]:
         """Gaussian x (count, m) with E x x^T = scatter: each stands for the whole data set."""

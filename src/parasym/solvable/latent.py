@@ -132,8 +132,10 @@ class LinearLVM(Landscape):
         return int((self.critical_beta() > (self.beta if beta is None else beta)).sum())
 
     def phase_diagram(self, betas: Sequence[float], decoders: Sequence[float]) -> Tensor:
-        """(betas, decoders) number of living modes."""
-        return torch.tensor([[replace(self, decoder=d, learn_decoder=False).active(b) for d in decoders] for b in betas])
+        """(betas, decoders) number of living modes at fixed decoder deviations."""
+        b, d = torch.tensor(betas, dtype=torch.float64), torch.tensor(decoders, dtype=torch.float64)
+        unit = self.critical_beta() * self.decoder**2  # critical beta e_d^2 of each mode
+        return (unit > b[:, None, None] * d[:, None].square()).sum(-1)
 
     def decoder_variance(self) -> tuple[int, float]:
         """Living modes and e_d^2 where it is learned: (R + sum of dead zeta^2) / (d2 - beta n), the self-consistent n of lowest loss (R6).
