@@ -195,7 +195,7 @@ def origin(config: OriginConfig) -> Part:
         checks.append(holds(f"D = {depth}: reduced loss at .999 g_c", losses[0], at_most=-1e-9, source=f"{SLUG} R6"))
         checks.append(match(f"D = {depth}: reduced loss at 1.001 g_c", 0.0, losses[1], 0.0, source=f"{SLUG} R6"))
         checks += _descended(config, models)
-    return Part(tuple(checks))
+    return Part(tuple(checks), (landscape_figure(),))
 
 
 def _descended(config: OriginConfig, models: list[DeepLinear]) -> list[Check]:
@@ -273,7 +273,7 @@ def traps(config: TrapConfig) -> Part:
     series = [{"name": "trapped at 0", "y": shares}, {"name": "at the global minimum", "y": [1 - s for s in shares]}]
     figure = Figure("where descent ends", {"labels": names, "series": series, "y": "share of networks"}, bars,
                     "Initialisation decides between the two predicted outcomes.")  # fmt: skip
-    return Part(tuple(checks), (figure, landscape_figure()))
+    return Part(tuple(checks), (figure,))
 
 
 def landscape_figure() -> Figure:

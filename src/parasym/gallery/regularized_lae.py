@@ -19,7 +19,7 @@ from parasym.gallery.digits import digits
 from parasym.gallery.drawings import agreement, curves
 from parasym.methods.principal import LAEPCA
 from parasym.solvable.autoencoder import RegularizedLAE, exact_tied, exact_untied, principal_directions, tied_descent
-from parasym.solvable.engines import descend, flow, morse, tangent_derivative
+from parasym.solvable.engines import Params, descend, flow, morse, stack, tangent_derivative
 from parasym.solvable.landscape import rotation
 
 SLUG = "regularized-lae"
@@ -191,26 +191,34 @@ class ChargeConfig:
 
 def charge(config: ChargeConfig) -> Part:
     """A3: Q = W1 W1^T - W2^T W2 decays as e^(-4 lam t) under the sum penalty and is kept by the other two."""
-    models = [RegularizedLAE(scatter(seed), config.codes, config.lam) for seed in config.seeds]
-    ratios, flows, kept, series = [], [], [], []
+    model = RegularizedLAE(scatter(0), config.codes, config.lam)
+    flows, kept = [], []
     time = config.lr * config.steps
     predicted = math.exp(-4 * config.lam * time)
-    for seed, model in zip(config.seeds, models, strict=True):
+    starts = stack([model.init(seed) for seed in config.seeds])
+    size = model.charge(starts).norm(dim=(-2, -1))
+    trace: list[Tensor] = []
+
+    def watch(step: int, w: Params) -> None:
+        if step % 500 == 0:
+            trace.append(model.charge(w).norm(dim=(-2, -1)) / size)
+
+    end = descend(model.loss, starts, config.lr, config.steps, watch, broadcasts=True)
+    ratios = (model.charge(end).norm(dim=(-2, -1)) / size).tolist()
+    times = [config.lr * 500 * k for k in range(len(trace))]
+    rows = torch.stack(trace)
+    series: list[dict[str, object]] = [
+        {"name": f"descent, seed {seed}", "x": times, "y": rows[:, k].tolist(), "mark": "points"} for k, seed in enumerate(config.seeds)
+    ]
+    for k, seed in enumerate(config.seeds):
         theta = model.init(seed)
-        first = model.charge(theta).norm()
-        trace: list[float] = []
-        watch = lambda step, w, m=model, f=first, t=trace: t.append(float(m.charge(w)[0].norm() / f)) if step % 500 == 0 else None  # noqa: E731
-        end = descend(model.loss, {name: w[None] for name, w in theta.items()}, config.lr, config.steps, watch, broadcasts=True)
-        ratios.append(float(model.charge(end)[0].norm() / first))
         path = flow(model.loss, theta, [0.0, 0.25 * time])
         last = model.charge({name: w[-1] for name, w in path.theta.items()})
-        flows.append(float((last - math.exp(-config.lam * time) * model.charge(theta)).norm() / first))
+        flows.append(float((last - math.exp(-config.lam * time) * model.charge(theta)).norm() / size[k]))
         for penalty in ("none", "product"):
             free = replace(model, penalty=penalty, lam=1.0)
             still = flow(free.loss, theta, [0.0, 0.1])
-            kept.append(float((free.charge({name: w[-1] for name, w in still.theta.items()}) - free.charge(theta)).norm() / first))
-        times = [config.lr * 500 * k for k in range(len(trace))]
-        series.append({"name": f"descent, seed {seed}", "x": times, "y": trace, "mark": "points"})
+            kept.append(float((free.charge({name: w[-1] for name, w in still.theta.items()}) - free.charge(theta)).norm() / size[k]))
     grid = np.linspace(0, time, 60)
     series.append({"name": "e^(-4 lam t)", "x": grid.tolist(), "y": np.exp(-4 * config.lam * grid).tolist()})
     figure = Figure("the imbalance decays", {"series": series, "x": "time", "y": "|Q| / |Q(0)|", "log": "y"}, curves, "R6.")

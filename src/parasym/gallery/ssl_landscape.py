@@ -368,10 +368,10 @@ class DigitsConfig:
     outputs: int = 12
     noise: float = 0.2
     decays: tuple[float, ...] = (0.0, 0.3)
-    batch: int = 512
-    steps: int = 2500
-    lr: float = 5e-3
-    estimate: int = 40
+    batch: int = 256
+    steps: int = 1500
+    lr: float = 1e-2
+    estimate: int = 20
     margin: float = 0.05
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -383,16 +383,16 @@ def digit_encoder(config: DigitsConfig) -> Part:
     x = x - x.mean(0)
     draws = Ensemble(config.seeds)
 
-    def shifted(images: Tensor) -> Tensor:
-        """(s, b, 64) each image moved by one of nine steps, edges filled with zeros of the padded image, and noise."""
-        padded = torch.nn.functional.pad(images.reshape(*images.shape[:-1], 8, 8), (1, 1, 1, 1))
-        moved = torch.stack([padded[..., i : i + 8, j : j + 8] for i in range(3) for j in range(3)], -3).flatten(-2)
-        step = draws.integers(9, images.shape[1])
-        picked = moved.gather(-2, step[..., None, None].expand(*step.shape, 1, 64))[..., 0, :]
-        return picked + config.noise * draws.normal(images.shape[1], 64)
+    padded = torch.nn.functional.pad(x.reshape(-1, 8, 8), (1, 1, 1, 1))
+    moved = torch.stack([padded[:, i : i + 8, j : j + 8].flatten(1) for i in range(3) for j in range(3)])  # (9, n, 64), edges mean grey
 
-    base = x.expand(len(config.seeds), -1, -1)
-    firsts, seconds = (torch.cat([shifted(base) for _ in range(config.estimate)], 1) for _ in range(2))
+    def view(index: Tensor) -> Tensor:
+        """(s, b, 64) a random shift of each image (s, b), and noise."""
+        step = draws.integers(9, index.shape[1])
+        return moved[step, index] + config.noise * draws.normal(index.shape[1], 64)
+
+    everything = torch.arange(len(x)).expand(len(config.seeds), -1)
+    firsts, seconds = (torch.cat([view(everything) for _ in range(config.estimate)], 1) for _ in range(2))
     mean = firsts.mean((0, 1))
     a, c = view_covariances(firsts.flatten(0, 1), seconds.flatten(0, 1))
     values, vectors = torch.linalg.eigh(a)
@@ -407,8 +407,7 @@ def digit_encoder(config: DigitsConfig) -> Part:
         for step in range(config.steps):
             optimizer.param_groups[0]["lr"] = config.lr * (1 - step / config.steps)
             index = draws.integers(len(x), config.batch)
-            images = base.gather(1, index[..., None].expand(-1, -1, 64))
-            f, g = ((shifted(images) - mean) @ w.mT for _ in range(2))
+            f, g = ((view(index) - mean) @ w.mT for _ in range(2))
             gram = f @ g.mT  # (s, b, b): off the diagonal, pairs of different samples
             inner = gram.diagonal(dim1=-2, dim2=-1)
             wall = (gram.square().sum((-2, -1)) - inner.square().sum(-1)) / (config.batch * (config.batch - 1))
