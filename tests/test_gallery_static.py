@@ -17,7 +17,7 @@ from parasym.gallery import deep_linear_exact, exact_phase_transitions, posterio
 from parasym.gallery import stochastic_networks_deterministic as stochastic
 from parasym.gallery.contract import Part, Result
 from parasym.gallery.registry import entries
-from parasym.measure.phases import PhaseCurve, classify, phase_sweep
+from parasym.measure.phases import PhaseCurve, classify, layer_balance, origin_curvature, phase_sweep
 from parasym.measure.posterior import effective_beta, recommend_beta
 from parasym.measure.posterior import posterior_collapse as collapse
 from parasym.methods.principal import LAEPCA
@@ -187,6 +187,21 @@ def test_sweeps_tell_the_order() -> None:
         classify(up, both(landau(False), controls[1:])[0])
     flat = replace(up, order_parameter=0 * up.order_parameter)
     assert classify(flat, flat).status == "not_applicable"
+
+
+def test_origin_and_balance_of_a_chain() -> None:
+    model = DeepLinear(np.diag([2.2, 1.0]), [0.9, 0.5], 2.0, (3,), decay=0.4)
+    theta = model.init(0)
+    assert float(origin_curvature(model.loss, theta)) == pytest.approx(2 * (0.4 - np.hypot(0.9, 0.5)))
+    deep = DeepLinear(np.diag([2.2, 1.0]), [0.9, 0.5], 2.0, (3, 2), decay=0.1)
+    assert float(origin_curvature(deep.loss, deep.init(0))) == pytest.approx(0.2)
+    assert deep.trapped({name: 0.05 * w for name, w in deep.init(0).items()}) and not deep.trapped(deep.representative())
+    there = layer_balance(list(deep.representative().values()), deep.decays)
+    assert there.details["spread"] < 1e-12 < 1e-2 < layer_balance(list(deep.init(1).values()), 0.1).details["spread"]
+    with pytest.raises(InputError, match="no stationary point"):
+        origin_curvature(lambda w: (w["b"] - 1).square(), {"b": torch.zeros(())})
+    with pytest.raises(InputError, match="as many decays"):
+        layer_balance(list(theta.values()), [0.1])
 
 
 # ------------------------------------------------------------------------------------------------ copies and dropout

@@ -350,7 +350,7 @@ ENTRY = Entry(
     presets={
         "smoke": Config(
             minimum=MinimumConfig(restarts=6),
-            bounds=BoundConfig(problems=40),
+            bounds=BoundConfig(problems=100),
             origin=OriginConfig(depths=(1, 2), shares=(0.5,), steps=2500),
             traps=None,
             modes=ModeConfig(nets=(((4,), 0.6), ((5, 4), 0.3)), restarts=4),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parasym.core.errors import InputError
 from parasym.core.results import Estimate, plain
-from parasym.solvable.engines import Params, norm, settle, stack, sweep
+from parasym.solvable.engines import Params, hessian, norm, settle, stack, sweep
 
 Order = Literal["none", "first", "second"]
 
@@ -111,6 +111,41 @@ def classify(up: PhaseCurve, down: PhaseCurve, *, jump: float = 0.1, zero: float
     if ends[0] - ends[1] > 2 and max(steps) > jump:
         return Estimate(1.0, details={**details, "word": "first"})
     return Estimate(2.0, details={**details, "word": "second", "exponent": _exponent(up, ends[0])})
+
+
+def origin_curvature(loss: Callable[[Params], Tensor], like: Params) -> Estimate:
+    """Smallest Hessian eigenvalue of a loss at zero weights: negative, the origin repels; positive, small starts are held there
+    (deep-linear-exact R5, R6). Dense, for a few hundred parameters.
+
+    Args:
+        like: weights whose shapes are used.
+
+    Raises:
+        InputError: the gradient at zero is not zero, so that the origin is no stationary point (a bias that predicts a mean, say).
+    """
+    zero = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in like.items()}
+    slope = max(float(g.abs().max()) for g in torch.func.grad(loss)(zero).values())
+    if slope > 1e-8:
+        raise InputError(f"zero weights are no stationary point: the gradient there is {slope:.3g}; centre the targets or leave biases out")
+    return Estimate(float(torch.linalg.eigvalsh(hessian(loss, zero))[0]), residual=slope, refs=("deep-linear-exact R5, R6",))
+
+
+def layer_balance(layers: Sequence[Tensor], decay: Sequence[float] | float) -> Estimate:
+    """gamma_i |W_i|^2 of a chain of layers whose function only depends on the product of their scales (linear or ReLU, no biases): all
+    equal at every stationary point under L2 (deep-linear-exact R2).
+
+    Returns:
+        the (layers,) products; details["spread"]: (largest - smallest) / largest.
+
+    Raises:
+        InputError: not one decay for each layer.
+    """
+    rates = [float(decay)] * len(layers) if isinstance(decay, int | float) else [float(d) for d in decay]
+    if len(rates) != len(layers) or not layers:
+        raise InputError(f"{len(layers)} layers need as many decays, got {len(rates)}")
+    values = torch.stack([g * w.detach().double().square().sum() for g, w in zip(rates, layers, strict=True)])
+    spread = float((values.max() - values.min()) / values.max()) if float(values.max()) else 0.0
+    return Estimate(values, details={"spread": spread}, refs=("deep-linear-exact R2",))
 
 
 def _exponent(curve: PhaseCurve, end: int) -> float:

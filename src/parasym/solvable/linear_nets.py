@@ -178,6 +178,11 @@ class DeepLinear(Landscape):
         points = self.scale.stationary(self.g)
         return points[0].norm if self.depth >= 2 and len(points) > 1 else 0.0
 
+    def trapped(self, theta: Params) -> bool:
+        """Whether the end-to-end map is shorter than the barrier, so that descent from here is expected to fall back to zero although a
+        better minimum exists; for balanced layers that is exact along the barrier's own direction."""
+        return self.origin() == "bad minimum" and float(self.moments(theta)[0].norm()) < self.barrier()
+
     def predictive_variance(self, x: ArrayLike) -> Tensor:
         """(n,) variance of f(x) over the noise at the global minimum: (kappa - 1)(beta.x)^2 (R8)."""
         return (self.kappa - 1) * (matrix("x", x, (None, len(self.cross))) @ torch.from_numpy(self.global_minimum().beta)).square()
