@@ -51,6 +51,7 @@ browser:  ## Chromium for the browser tests (Debian, as root); without it they a
 
 bench: $(STAMP) demo/data/.fetched  ## growth of the audit, streaming, 1,000 random networks, and the parts beside their peers
 	$(BIN)/pip install -q --no-deps torch-pruning==1.6.1
+	$(BIN)/pip install -q -c constraints.txt celer
 	OMP_NUM_THREADS=1 $(BIN)/python bench/growth.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/streaming.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/audit.py
@@ -58,6 +59,8 @@ bench: $(STAMP) demo/data/.fetched  ## growth of the audit, streaming, 1,000 ran
 	OMP_NUM_THREADS=1 $(BIN)/python bench/pruning.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/simulate.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/optim.py --compile
+	OMP_NUM_THREADS=1 $(BIN)/python bench/syre.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/spred.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/snake.py --compile
 	OMP_NUM_THREADS=1 $(BIN)/python bench/curvature.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/per_sample.py

@@ -197,3 +197,17 @@ def test_measures_of_features() -> None:
     assert float(gram_agreement(noisy, noisy @ turn)) == pytest.approx(1.0) and float(gram_agreement(noisy, noisy.flip(0))) < 0.9
     rows = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [1e-3, 1e-3]], dtype=torch.float64)
     assert distinct_directions(rows, 0.05) == 2
+
+
+# ------------------------------------------------------------------------------------------------ dcs-mirror-symmetry
+
+
+def test_discovered_mirrors_are_met_and_a_wrong_multiplier_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import dcs_mirror_symmetry as gallery
+    from parasym.methods.dcs import Dcs
+
+    config = gallery.DiscoveredConfig(steps=1000, seeds=(0,))
+    assert not failed(gallery.discovered(config))
+    right = Dcs.multipliers
+    monkeypatch.setattr(Dcs, "multipliers", lambda self, loss: 2 * right(self, loss))
+    assert "dcs-mirror-symmetry R5" in failed(gallery.discovered(config))

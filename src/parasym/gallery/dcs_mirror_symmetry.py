@@ -11,18 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, hessian, vmap
 
-from parasym.core.errors import MissingExtraError
+from parasym.core.errors import MissingExtraError, NotASymmetryError
+from parasym.core.graph import trace
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
 from parasym.gallery.drawings import agreement, bars, curves
 from parasym.gallery.ensemble import Ensemble, plain
 from parasym.gallery.stochastic_collapse import MaximumConfig, sgd_exponent, simulate_maximum
+from parasym.methods.dcs import Dcs
+from parasym.methods.dcs import dcs as constrain
+from parasym.symmetry.discrete import discrete_symmetries
+from parasym.symmetry.mirror import Mirror
 
 SLUG = "dcs-mirror-symmetry"
 
@@ -499,6 +505,123 @@ def _mirror_of(model: Model, basis: Tensor, seed: int, config: DictionaryConfig)
     return torch.stack(gaps)
 
 
+# ------------------------------------------------------------------------------------------------ R4, R5: discovered mirrors
+
+
+@dataclass(frozen=True)
+class DiscoveredConfig:
+    """A tanh net inputs-width-2 on two teacher units, loss mean (f - y)^2 / 2, torch's start; mirrors are found, then imposed by `dcs`.
+
+    Full batch; Adam at ``eta`` on a cosine to zero, decay in the gradient of u and v only. Signs: one mirror for each unit, decay
+    ``decay``. Merging: the first three units equal, ``merge``.
+    """
+
+    inputs: int = 4
+    width: int = 6
+    samples: int = 60
+    decay: float = 0.03
+    merge: float = 0.5
+    eta: float = 0.02
+    steps: int = 1000
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def discovered(config: DiscoveredConfig) -> Part:
+    """R4, R5: mirrors found in a network and put in as constraints empty it unit by unit, or merge units, as the multipliers say."""
+    rows = [_discovered(config, seed) for seed in config.seeds]
+    alive = torch.cat([row["residual"] > 1e-6 for row in rows])
+    size, multiplier = torch.cat([row["residual"] for row in rows]), torch.cat([row["multiplier"] for row in rows])
+    units = torch.tensor([float((row["residual"] > 1e-6).sum()) for row in rows])
+    merged = torch.stack([row["merged"] for row in rows])
+    checks = (
+        holds("emptied units: |O^T theta|", torch.where(alive, 0.0, size), at_most=1e-10, source=f"{SLUG} R5"),
+        holds("all or nothing: |O^T theta| of the others", torch.where(alive, size, size.max()), at_least=0.1, source=f"{SLUG} R5"),
+        match(
+            "units that are left: |O^T grad l| = decay",
+            config.decay,
+            torch.where(alive, multiplier, config.decay),
+            1e-3 * config.decay,
+            source=f"{SLUG} R5",
+        ),
+        holds(
+            "units that are emptied: |O^T grad l| / decay",
+            torch.where(alive, 0.0, multiplier / config.decay),
+            at_most=1.0,
+            source=f"{SLUG} R5",
+        ),
+        holds("some units go", config.width - units, at_least=1, source=f"{SLUG} R4", spread=units),
+        match("merged units: largest difference of their weights", 0.0, merged[:, 0], 1e-10, source=f"{SLUG} R4"),
+        holds("merged units are not empty: their norm", merged[:, 1], at_least=0.05, source=f"{SLUG} R4"),
+        match("the baked network computes what the constrained one did (largest change)", 0.0, merged[:, 2], 1e-10, source=f"{SLUG} R5"),
+        match("reflections that change a GELU network are refused (1 for refused)", 1.0, merged[:, 3], 0.0, source=f"{SLUG} R4"),
+        control("before training the units differ", merged[:, 4], at_least=0.1, source=f"{SLUG} R4"),
+    )
+    series = [
+        {"name": f"seed {s}", "x": plain(r["residual"]), "y": plain(r["multiplier"]), "mark": "points"}
+        for s, r in zip(config.seeds, rows, strict=True)
+    ]
+    data = {"series": series, "x": "|O^T theta| of a unit", "y": "|O^T grad l|"}
+    return Part(checks, (Figure("Units and their multipliers", data, curves, "Left units sit at the decay, emptied ones below it."),))
+
+
+def _discovered(config: DiscoveredConfig, seed: int) -> dict[str, Tensor]:
+    draws = Ensemble((seed,))
+    x, teacher = draws.normal(config.samples, config.inputs)[0], draws.normal(2, config.inputs)[0]
+    y = torch.tanh(x @ teacher.T) @ torch.tensor([[1.0, 0.5], [-1.0, 1.0]], dtype=torch.float64)
+
+    def build(activation: nn.Module) -> list[Any]:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return [nn.Linear(config.inputs, config.width).double(), activation, nn.Linear(config.width, 2).double()]
+
+    def settle(model: nn.Module, plan: Dcs) -> Callable[[], Tensor]:
+        plan.apply()
+        optimizer = torch.optim.Adam(plan.param_groups(lr=config.eta))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+
+        def loss() -> Tensor:
+            return 0.5 * (model(x) - y).square().mean()
+
+        for _ in range(config.steps):
+            optimizer.zero_grad()
+            loss().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+        return loss
+
+    model = nn.Sequential(*build(nn.Tanh()))
+    found = {type(s.action).__name__: s for s in discrete_symmetries(trace(model, (x,)), [[x]], torch.Generator().manual_seed(seed))[0]}
+    params = {n: p.detach().clone() for n, p in model.named_parameters()}
+    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((x,), {})]
+    signs = Mirror.of(found["Signs"], params)
+    plan = constrain(model, signs, config.decay, inputs=inputs)
+    loss = settle(model, plan)
+    pull = plan.multipliers(loss)
+    multiplier = torch.zeros(config.width, dtype=torch.float64).index_add(0, signs.groups, pull.square()).sqrt()
+    residual = plan.residuals()
+    try:
+        constrain(nn.Sequential(*build(nn.GELU())), signs, config.decay, inputs=inputs)
+        refused = 0.0
+    except NotASymmetryError:
+        refused = 1.0
+    first, activation, last = build(nn.Tanh())
+    other = nn.Sequential(first, activation, last)
+    mirror = Mirror.merged(found["Permutations"], params, [0, 1, 2])
+    apart = float(mirror.distances(params).max())
+    plan = constrain(other, mirror, config.merge, inputs=inputs)
+    settle(other, plan)
+    plan.snap(1e-8)
+    before = other(x).detach()
+    plan.bake()
+    vectors = torch.cat([p.detach() for p in (first.weight, first.bias[:, None], last.weight.T)], 1)[:3]
+    merged = [(vectors - vectors[0]).abs().max(), vectors[0].norm(), (other(x) - before).detach().abs().max()]
+    return {
+        "residual": residual,
+        "multiplier": multiplier,
+        "merged": torch.tensor([*map(float, merged), refused, apart], dtype=torch.float64),
+    }
+
+
 # ------------------------------------------------------------------------------------------------ A3: rotation, nuclear norm
 
 
@@ -823,6 +946,7 @@ class Config:
     mirror: MirrorConfig | None = MirrorConfig()
     attraction: AttractionConfig | None = AttractionConfig()
     dictionary: DictionaryConfig | None = DictionaryConfig()
+    discovered: DiscoveredConfig | None = DiscoveredConfig()
     rotation: RotationConfig | None = RotationConfig()
     neurons: NeuronsConfig | None = NeuronsConfig()
     noise: MaximumConfig | None = NOISE
@@ -834,6 +958,7 @@ _EXPERIMENTS: Mapping[str, Callable[..., Part]] = {
     "mirror": mirror,
     "attraction": attraction,
     "dictionary": dictionary,
+    "discovered": discovered,
     "rotation": rotation,
     "neurons": neurons,
     "noise": noise,
@@ -847,12 +972,14 @@ ENTRY = Entry(
     claims=(
         "A mirror surface is stationary in its normal direction, decouples in the Hessian, and is the minimum under enough decay.",
         "Decay on a product acts like a non-smooth penalty: sparse, low-rank, duplicated solutions.",
+        "Mirrors found in a network, imposed on it, empty or merge its units exactly as the multipliers say.",
         "A mirror put in on purpose (DCS) makes gradient descent meet a constraint exactly above a threshold that the multipliers give.",
         "Gradient noise alone collapses onto a mirror; what has collapsed no later task restores.",
     ),
     presets={
         "smoke": Config(
             mirror=MirrorConfig(points=20, samples=4, nodes=24),
+            discovered=None,
             noise=replace(NOISE, chains=500, steps=3000),
             plasticity=None,
         ),
