@@ -17,7 +17,15 @@ from parasym.gallery import synflow, topological_invariance, universal_compressi
 from parasym.gallery.contract import Entry, Part, Result
 from parasym.gallery.page import report
 from parasym.gallery.runner import run_entry
-from parasym.laws.compression import compression_bound, monomial_count, order_for_size
+from parasym.laws.compression import (
+    best_order,
+    compressed_power_law,
+    compression_bound,
+    monomial_count,
+    order_for_size,
+    stretched_exponential_law,
+)
+from parasym.laws.topology import topological_critical_lr, two_phase_lr
 from parasym.measure.topology import (
     barcode,
     bilipschitz,
@@ -185,6 +193,16 @@ def test_bad_objects() -> None:
     assert float(compression_bound(2.0, 0.1, 1)) == pytest.approx(0.02)
 
 
+def test_a_power_law_in_data_gets_steeper_in_compressed_data() -> None:
+    d, alpha = 10**5, 0.7
+    for sigma in (0.5, 1.0):
+        assert compressed_power_law(3.0, d**sigma, alpha, sigma) == pytest.approx(3.0 * d**-alpha)
+    for m in (1, 2, 3):
+        assert stretched_exponential_law(120 * math.log(d) ** m, m, alpha, scale=120) == pytest.approx(d**-alpha)
+    k = best_order(2, 200, 1.5)  # Theorem 5: log k = (log(m! d' rho)) / m - 1
+    assert math.log(k) == pytest.approx(math.log(2 * 200 * 1.5) / 2 - 1)
+
+
 # ------------------------------------------------------------------------------------------------ topology
 
 
@@ -240,3 +258,36 @@ def test_clouds_of_a_layer_and_bad_input(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "gudhi", None)
     with pytest.raises(MissingExtraError, match=r"parasym\[topology\]"):
         barcode(cloud)
+
+
+def test_the_critical_rate_of_a_layer_keeps_its_neurons_apart_and_a_schedule_crosses_it() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+        x, y = torch.randn(30, 3, dtype=torch.float64), torch.randn(30, 2, dtype=torch.float64)
+
+    def loss(out: Tensor) -> Tensor:
+        return (out - y).square().mean() / 2
+
+    found = topological_critical_lr(model, loss, (x,), where="0", nodes=24)
+
+    def of_cloud(c: Tensor) -> Tensor:
+        hidden = torch.tanh(x @ c[:, :3].T + c[:, 3])
+        return loss(hidden @ c[:, 4:] + model[2].bias.detach())
+
+    before = torch.cat([model[0].weight, model[0].bias[:, None], model[2].weight.T], 1).detach()
+    M = pair_hessians(of_cloud, before, torch.combinations(torch.arange(5)), 24)
+    K = float(torch.linalg.eigvalsh((M + M.mT) / 2)[:, -1].max())
+    assert found.value == pytest.approx(1 / K, rel=1e-9) and found.details["pairs"] == [10, 10]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = two_phase_lr(optimizer, 0.5 * found.value, 2 * found.value, 1)
+    loss(model(x)).backward()
+    optimizer.step()
+    after = torch.cat([model[0].weight, model[0].bias[:, None], model[2].weight.T], 1).detach()
+    assert bilipschitz(before, after)[0] >= 0.5 - 1e-9
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2 * found.value)
+    with pytest.raises(InputError, match="no layer"):
+        topological_critical_lr(model, loss, (x,), where="9")
+    with pytest.raises(InputError, match="low"):
+        two_phase_lr(optimizer, 2.0, 1.0, 3)
