@@ -22,7 +22,7 @@ from parasym.core.samples import Batch, draw, flatten
 from parasym.measure.judge import Judge, Runner
 from parasym.methods.edit import Edit, output_change
 from parasym.methods.masks import refuse_parametrized
-from parasym.methods.redundant import Relations, exact, observe_units, pulled, relations, sources, without
+from parasym.methods.redundant import Join, Relations, exact, observe_units, pulled, relations, sources, without
 from parasym.methods.state import Tensors, Transport
 from parasym.methods.units import (
     Units,
@@ -233,7 +233,7 @@ def _transport(subject: Subject, plan: Sequence[tuple[Units, Relations]]) -> Tra
     """Gradients: copies join their representative, then the cut. Second moments: the same with roots added up."""
     tensors = subject.tensors
     keep = kept_axes(tensors, [(u.places, list(r.parts)) for u, r in plan])
-    joins: dict[str, list[tuple[int, Tensor]]] = {}
+    joins: dict[str, list[Join]] = {}
     for u, r in plan:
         for name, found in pulled(u.inside, r, tensors).items():
             joins.setdefault(name, []).extend(found)
@@ -241,9 +241,8 @@ def _transport(subject: Subject, plan: Sequence[tuple[Units, Relations]]) -> Tra
     def moved(given: Tensors, magnitude: bool) -> Tensors:
         joined = {}
         for n, value in given.items():
-            for axis, join in joins.get(n, []):
-                m = (join.abs() if magnitude else join).to(value.device)
-                value = torch.tensordot(m, value.double(), dims=([1], [axis])).movedim(0, axis)
+            for join in joins.get(n, []):
+                value = join.add(value, magnitude)
             joined[n] = value
         return {**joined, **cut_axes(joined, {k: i for k, i in keep.items() if k[0] in given})}
 

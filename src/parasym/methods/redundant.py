@@ -24,7 +24,8 @@ from parasym.measure.units import Use
 from parasym.methods.units import Place, Units
 from parasym.symmetry.symmetry import Params
 
-_COLUMNS = 4096  # samples kept of each unit to look for relations
+_COLUMNS = 4096  # numbers kept of each unit to look for relations,
+_ROOM = 1 << 26  # and of all units together
 _TOL = 1e-9  # relative residual of a relation
 
 
@@ -78,7 +79,8 @@ def sources(graph: Graph, given: Sequence[Batch], generator: torch.Generator, tr
 def observe_units(runner: Runner, params: Params, batches: Sequence[Batch], spaces: Sequence[Units], seed: int = 0) -> list[Features]:
     """Pass all data once and keep what the units put out."""
     found = [Features([], [], [[] for _ in u.uses]) for u in spaces]
-    share = max(1, _COLUMNS // max(1, len(batches)))
+    columns = min(_COLUMNS, max(64, _ROOM // max(1, sum(u.size * len(u.uses) for u in spaces))))
+    share = max(1, columns // max(1, len(batches)))
 
     def take(units: Units, features: Features, k: int, use: Use, number: int, live: Mapping[str, Any]) -> None:
         x = live[use.operand]
@@ -112,12 +114,12 @@ def relations(units: Units, features: Features, params: Params) -> Relations:
     spread = torch.stack([(h - low).amax(1) for h, low in zip(features.high, features.low, strict=True)]).amax(0)
     typical = float(spread[spread > 0].median()) if bool((spread > 0).any()) else 1.0
     heard = torch.stack([_columns(params[u.reader.weight], u).abs().amax(1) for u in units.uses]).amax(0)
-    for j in range(units.size):
-        if float(heard[j]) == 0:
-            _enter(out, j, "unread", {}, [torch.zeros_like(c[j]) for c in means])
-        elif float(spread[j]) <= _TOL * typical:
-            _enter(out, j, "dead", {}, [c[j] for c in means])
-    alive = torch.tensor([j for j in range(units.size) if j not in out.parts], dtype=torch.long)
+    unread, still = heard == 0, spread <= _TOL * typical
+    for j in unread.nonzero().flatten().tolist():
+        _enter(out, j, "unread", {}, [torch.zeros_like(c[j]) for c in means])
+    for j in (still & ~unread).nonzero().flatten().tolist():
+        _enter(out, j, "dead", {}, [c[j] for c in means])
+    alive = (~(unread | still)).nonzero().flatten()
     if len(alive) < 2:
         return out
     size = rows[alive].norm(dim=1)
@@ -226,21 +228,39 @@ def _one_by_one(units: list[int], works: Any) -> list[int]:
     return kept
 
 
-def pulled(places: Sequence[Place], relations: Relations, tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[int, Tensor]]]:
-    """How gradients of cut units join those of the units that stand for them: tensor -> (axis, (size, size) map of its positions).
+@dataclass(frozen=True)
+class Join:
+    """Rows of a tensor whose gradients join those of other rows: row ``target`` += ratio * row ``source``, all 1-d."""
+
+    axis: int
+    target: Tensor
+    source: Tensor
+    ratio: Tensor
+
+    def add(self, value: Tensor, magnitude: bool = False) -> Tensor:
+        """The tensor with the rows joined; ``magnitude``: by the size of the ratio."""
+        rows = value.movedim(self.axis, 0)
+        ratio = (self.ratio.abs() if magnitude else self.ratio).to(value).reshape(-1, *[1] * (rows.dim() - 1))
+        extra = rows[self.source.to(value.device)] * ratio
+        return rows.index_add(0, self.target.to(value.device), extra).movedim(0, self.axis)
+
+
+def pulled(places: Sequence[Place], relations: Relations, tensors: Mapping[str, Tensor]) -> dict[str, list[Join]]:
+    """How gradients of cut units join those of the units that stand for them, tensor by tensor.
 
     The row of a copy is a multiple s of its representative's row, so by the chain rule s times its gradient is added.
     """
-    out: dict[str, list[tuple[int, Tensor]]] = {}
+    pairs = [(i, j, c, len(parts) == 1) for j, parts in relations.parts.items() for i, c in parts.items()]
+    out: dict[str, list[Join]] = {}
+    if not pairs:
+        return out
+    lead, gone = torch.tensor([p[0] for p in pairs]), torch.tensor([p[1] for p in pairs])
+    given, single = torch.tensor([p[2] for p in pairs], dtype=torch.float64), torch.tensor([p[3] for p in pairs])
     for t, axis, at in places:
-        size = tensors[t].shape[axis]
-        join = torch.eye(size, dtype=torch.float64)
-        rows = tensors[t].detach().double().movedim(axis, 0).flatten(1) if tensors[t].dim() > 1 else tensors[t].detach().double()[:, None]
-        for j, parts in relations.parts.items():
-            for i, c in parts.items():
-                one, two = rows[at[i]].flatten(), rows[at[j]].flatten()
-                ratio = float(one @ two / one.square().sum().clamp(min=1e-300)) if len(parts) == 1 and bool(one.any()) else c
-                join[at[i], at[j]] += ratio
-        if not torch.equal(join, torch.eye(size, dtype=torch.float64)):
-            out.setdefault(t, []).append((axis, join))
+        rows = tensors[t].detach().double().movedim(axis, 0)
+        one, two = (rows[at[k]].reshape(len(pairs), -1) for k in (lead, gone))
+        square = one.square().sum(1)
+        ratio = torch.where(single & (square > 0), (one * two).sum(1) / square.clamp(min=1e-300), given)
+        join = Join(axis, at[lead].reshape(-1), at[gone].reshape(-1), ratio.repeat_interleave(at.shape[1]))
+        out.setdefault(t, []).append(join)
     return out

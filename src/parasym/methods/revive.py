@@ -19,7 +19,7 @@ from parasym.core.guards import rng_state
 from parasym.measure.judge import Runner
 from parasym.methods.compress import BAR, Subject, certificate_of
 from parasym.methods.edit import Edit
-from parasym.methods.redundant import Relations, exact, observe_units, pulled, relations, sources, without
+from parasym.methods.redundant import Join, Relations, exact, observe_units, pulled, relations, sources, without
 from parasym.methods.state import Tensors, Transport
 from parasym.methods.units import Place, Units, buffer_names
 
@@ -153,7 +153,7 @@ def _alive(
 def _transport(subject: Subject, plan: Sequence[tuple[Units, Relations]]) -> Transport:
     """Momenta of reset weights are zero, second moments the mean of their peers'; those of a copy first join its representative."""
     tensors = subject.tensors
-    joins: dict[str, list[tuple[int, Tensor]]] = {}
+    joins: dict[str, list[Join]] = {}
     for u, r in plan:
         for name, found in pulled(u.inside, r, tensors).items():
             joins.setdefault(name, []).extend(found)
@@ -162,9 +162,8 @@ def _transport(subject: Subject, plan: Sequence[tuple[Units, Relations]]) -> Tra
         out = {}
         for n, value in given.items():
             value = value.double().sqrt() if square else value.double()
-            for axis, join in joins.get(n, []):
-                m = (join.abs() if square else join).to(value.device)
-                value = torch.tensordot(m, value, dims=([1], [axis])).movedim(0, axis)
+            for join in joins.get(n, []):
+                value = join.add(value, square)
             out[n] = value.square() if square else value.clone()
         for u, r in plan:
             for name, axis, at in u.places:
