@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from parasym.core.errors import InputError
-from parasym.gallery import neural_thermodynamics, noise_equilibrium
+from parasym.gallery import law_of_balance, neural_thermodynamics, noise_equilibrium
 from parasym.gallery.digits import digits
+from parasym.laws.balance import log_density, reduced_sde, sparsity_transition
 from parasym.laws.charges import Charge, charges, rescale, scale, translation
 from parasym.laws.drift import charge_moments, expected_change
 from parasym.laws.equilibrium import noise_equilibrium as balanced_point
+from parasym.laws.flow import noether_flow
 from parasym.laws.ledger import Ledger
 from parasym.laws.predict import predict
 from parasym.measure.gradients import Objective
@@ -159,6 +161,7 @@ def test_ledgers_on_a_gpt2_from_its_config(rule: str) -> None:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         attn_implementation="eager",
+        use_cache=False,
     )
     model = transformers.GPT2LMHeadModel(config).double().train()
     g = torch.Generator().manual_seed(0)
@@ -311,3 +314,82 @@ def test_an_empty_or_malformed_loader_is_refused(images: tuple[Tensor, Tensor]) 
     ):
         with pytest.raises(InputError, match=message):
             predict(model, CE, data, optimizer, 2, charges_of=found)
+
+
+# ------------------------------------------------------------------------------------------------ flows without training
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.02])
+def test_the_noether_flow_is_where_sgd_carries_a_charge_along_the_minimum(decay: float) -> None:
+    """f = w (u.x) from a global minimum, |u|^2 / w^2 = 1: the mean charge of SGD against the flow, and its end."""
+    d, eta = 3, 0.01
+    unit, g = d**-0.5, torch.Generator().manual_seed(0)
+
+    class Rank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.u, self.w = nn.Parameter(torch.full((d,), unit, dtype=torch.float64)), nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w * (x @ self.u)
+
+    model = Rank()
+    raw = torch.linalg.qr(torch.randn(4096, d + 1, generator=g, dtype=torch.float64)).Q * 64
+    x, e = raw[:, :d], raw[:, d]
+    charge = rescale({"u": model.u[None], "w": model.w[None]}, [("u", 0)], [("w", 1)])
+    objective = Objective(_Row(model), lambda a, b: 0.5 * (a - b).square().mean())
+    (found,), gradient = charge_moments(objective, (x, x @ model.u.detach() + e), [charge])
+    times = [0.0, 2.0, 5.0, 10.0]
+    flow = noether_flow(found, objective.params, gradient.factor(1), eta, times, decay)
+    theory = flow.charge[:, 0]
+    assert float(flow.limit) == pytest.approx(0.25 * math.log((d + 2 * decay / eta) / (1 + 2 * decay / eta)), rel=0.05)
+
+    def step(w: Any, p: Any, draws: Any) -> list[Any]:
+        z = draws.normals(d)
+        across = dot(w[:d], z)
+        r = w[d] * across - unit * dot([1.0] * d, z) - draws.normal()
+        return [*(r * w[d] * a + p.decay * b for a, b in zip(z, w[:d], strict=True)), r * across + p.decay * w[d]]
+
+    at = tuple(round(t / eta) for t in times)
+    run = Ensemble(descent("rank one", step, SGD(), [unit] * d + [1.0]), 20_000, {"lr": eta, "decay": decay}, 0)
+    seen = run.run(at[-1] + 1, [Snapshots(at, lambda s, p: [dot(s[:d], s[:d]) - s[d] * s[d]])])[0].value[:, 0]
+    if decay:  # decay also moves the loss off its minimum, which the flow leaves out
+        assert float(seen[1]) == pytest.approx(float(theory[1]), abs=0.15 * abs(float(theory[-1])))
+    else:
+        assert torch.allclose(seen, theory, atol=0.06 * float(theory[-1].abs()))
+    assert abs(float(theory[-1])) > 0.05
+    with pytest.raises(InputError, match="quadratic"):
+        noether_flow(
+            charge_moments(objective, (x, e), [translation(objective.params, [("u", 1)])])[0][0], objective.params, 1.0, eta, times
+        )
+    with pytest.raises(InputError, match="lr > 0"):
+        noether_flow(found, objective.params, 1.0, 0.0, times)
+
+
+class _Row(nn.Module):
+    """The rank-one model with its weights as matrices, so that the units run over one axis."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.u, self.w = nn.Parameter(model.u.detach()[None].clone()), nn.Parameter(model.w.detach()[None].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.u.T * self.w)[:, 0]
+
+
+@pytest.mark.parametrize("factors", [1, 2, 3, 4])
+def test_the_reduced_sde_has_the_closed_density_as_its_stationary_law(factors: int) -> None:
+    """No probability flows: drift p = (b^2 p)' / 2 (law-of-balance R4 against R5), from the logarithmic derivative of b^2 p."""
+    m = law_of_balance.moments_of(20.0)
+    t = 0.3 * sparsity_transition(m)[0]
+    drift, square = reduced_sde(m, t, factors)
+    x = torch.linspace(-2.0, 1.0, 30_001, dtype=torch.float64)
+    v = x.exp()
+    logs = log_density(m, t, factors, x) + square(v).log()
+    slope = (logs[2:] - logs[:-2]) / (v[2:] - v[:-2])
+    gap = (2 * drift(v) / square(v))[1:-1] - slope
+    assert float(gap.abs().max() / slope.abs().max()) < 1e-5
+    _, hot = reduced_sde(m, 2 * t, factors)
+    assert float(((2 * drift(v) / hot(v))[1:-1] - slope).abs().max() / slope.abs().max()) > 1e-2
+    with pytest.raises(InputError):
+        reduced_sde(m, 0.0, 2)

@@ -20,6 +20,7 @@ from parasym.laws.equilibrium import Equilibrium as Equilibrium
 from parasym.laws.equilibrium import noise_equilibrium as noise_equilibrium
 from parasym.laws.flow import ModifiedFlow as ModifiedFlow
 from parasym.laws.flow import NormFlow as NormFlow
+from parasym.laws.flow import noether_flow as noether_flow
 from parasym.laws.geometry import gradient_geometry as gradient_geometry
 from parasym.laws.geometry import hessian_geometry as hessian_geometry
 from parasym.laws.irreversibility import EntropyProduction as EntropyProduction

@@ -7,6 +7,7 @@ density of |v|, the sparsity transition and the most likely value follow from fi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,31 @@ def sparsity_transition(moments: Moments) -> tuple[float, float]:
     if moments.b2 <= 0:
         raise InputError(f"The transition needs E[xy] > 0, got {moments.b2:g}: reflect v.")
     return moments.b2 / moments.a3, moments.b2 / moments.a3 / 3
+
+
+def reduced_sde(moments: Moments, temperature: float, factors: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Drift a(v) and squared diffusion b(v)^2 of dv = a dt + b dW (Ito) on the balanced manifold of width one, v > 0 or v < 0 (R4).
+
+    dv = -L |v|^(2-2/L) (l' dt + sqrt(T c) dW) + L (L-1) / 2 v |v|^(2-4/L) T c dt with l'(v) = 2 (b1 v - b2), c(v) = 4 k(v); time eta k.
+
+    Raises:
+        InputError: fewer than one factor, or a temperature that is not positive.
+    """
+    if factors < 1 or temperature <= 0:
+        raise InputError(f"Give factors >= 1 and a positive temperature, got {factors}, {temperature}.")
+    m, L, T = moments, factors, temperature
+
+    def noise(v: Tensor) -> Tensor:
+        return 4 * T * (m.a1 * v**2 - 2 * m.a2 * v + m.a3)
+
+    def drift(v: Tensor) -> Tensor:
+        s = v.abs()
+        return -2 * L * s ** (2 - 2 / L) * (m.b1 * v - m.b2) + L * (L - 1) / 2 * v * s ** (2 - 4 / L) * noise(v)
+
+    def square(v: Tensor) -> Tensor:
+        return L**2 * v.abs() ** (4 - 4 / L) * noise(v)
+
+    return drift, square
 
 
 def log_density(moments: Moments, temperature: float, factors: int, log_s: Tensor, width: int = 1, sign: int = 1) -> Tensor:

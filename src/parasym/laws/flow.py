@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import cmath
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 
 from parasym.core.errors import InputError
+from parasym.laws.drift import ChargeMoments
 from parasym.laws.ledger import Account
+from parasym.solvable.engines import follow
 
 
 @dataclass(frozen=True)
@@ -205,3 +208,60 @@ class NormFlow:
         Where it is False the prediction is off by up to 40 %: use the exact ledger.
         """
         return self.lr * top_curvature / norm_square < (1 - self.momentum) ** 2 / 8
+
+
+@dataclass(frozen=True, eq=False)
+class NoetherFlow:
+    """How noise carries the charges of independent generators along their orbits, without training (noise-equilibrium R1, R4).
+
+    Attributes:
+        times: (T,) in steps x eta. lam: (T, count) group coordinate from the start. charge: (T, count) values of the charge.
+        limit: (count,) where each lam ends, +-inf where nothing balances it.
+    """
+
+    times: Tensor
+    lam: Tensor
+    charge: Tensor
+    limit: Tensor
+    assumptions: tuple[str, ...] = ("the loss stays where it is", "one generator at a time", "small learning rate")
+    refs: tuple[str, ...] = ("noise-equilibrium R1", "noise-equilibrium R4")
+
+
+def noether_flow(
+    found: ChargeMoments, params: Mapping[str, Tensor], factor: float, lr: float, times: Sequence[float], weight_decay: float = 0.0
+) -> NoetherFlow:
+    """Integrate dlam/dt = [eta tr(A M2(lam)) - 2 gamma Q(lam)] / (2 theta.A^2 theta) for every unit of a quadratic charge.
+
+    Along the orbit the gradient goes to exp(-lam A) g, so the second moments at every lam follow from those at one point, and each unit
+    is one scalar equation. Units that share weights with other generators are moved one family at a time here; their common end is
+    `parasym.laws.equilibrium.osborne`.
+
+    Args:
+        found: moments of one quadratic charge with weights +1 and -1, from `parasym.laws.drift.charge_moments`.
+        params: weights there. factor: 1 / S (``GradientMoments.factor``).
+        lr, weight_decay: eta and gamma of SGD. times: increasing, from 0, in steps x eta.
+
+    Raises:
+        InputError: another kind of charge, weights other than +-1, or bad numbers.
+    """
+    c = found.charge
+    if c.kind != "quadratic" or any(abs(b.weight) != 1 for b in c.blocks):
+        raise InputError("noether_flow moves quadratic charges with weights +1 and -1; matrix charges go through noise_equilibrium.")
+    if not lr > 0 or weight_decay < 0:
+        raise InputError(f"noether_flow needs lr > 0 and weight_decay >= 0, got {lr} and {weight_decay}.")
+    _, plus, minus = found.of_batch(factor)
+    grow, shrink = c.split(params, params)
+
+    def speed(lam: Tensor) -> Tensor:
+        up, down = torch.exp(2 * lam), torch.exp(-2 * lam)
+        force = lr * (plus * down - minus * up) - 2 * weight_decay * (grow * up - shrink * down)
+        size = 2 * (grow * up + shrink * down)
+        return torch.where(size > 0, force / size.clamp_min(1e-300), torch.zeros_like(force))
+
+    at = torch.as_tensor(times, dtype=torch.float64)
+    path = follow(lambda t, x: {"lam": speed(x["lam"])}, {"lam": torch.zeros(c.count, dtype=torch.float64)}, at, rtol=1e-10).theta["lam"]
+    pull = 2 * weight_decay / lr
+    above, below = plus + pull * shrink, minus + pull * grow
+    limit = 0.25 * (above / below).log()
+    charge = grow * torch.exp(2 * path) - shrink * torch.exp(-2 * path)
+    return NoetherFlow(at, path, charge, limit)
