@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,9 +36,9 @@ class PairNoise:
         self._first: dict[int, Tensor] = {}
         self.pairs: deque[tuple[float, float]] = deque(maxlen=_KEPT)
 
-    def keep(self, params: Sequence[Tensor]) -> None:
-        """Copy the gradients of the first step of a pair."""
-        self._first = {i: p.grad.detach().clone() for i, p in enumerate(params) if p.grad is not None and not p.grad.is_sparse}
+    def keep(self, params: Sequence[Tensor], unit: float = 1.0) -> None:
+        """Copy the gradients of the first step of a pair, times ``unit``."""
+        self._first = {i: p.grad.detach() * unit for i, p in enumerate(params) if p.grad is not None and not p.grad.is_sparse}
 
     @property
     def waiting(self) -> bool:
@@ -48,15 +49,15 @@ class PairNoise:
         """Forget the first gradient."""
         self._first = {}
 
-    def compare(self, params: Sequence[Tensor]) -> list[Row]:
-        """Take the second step's gradients; returns the averages so far."""
+    def compare(self, params: Sequence[Tensor], unit: float = 1.0) -> list[Row]:
+        """Take the second step's gradients, times ``unit``; returns the averages so far."""
         both = [(g, p.grad.detach()) for i, p in enumerate(params) if (g := self._first.get(i)) is not None and p.grad is not None]
         self._first = {}
         if not both:
             return []
         with torch.no_grad():
-            gap = self._total([(a - b).double().square().sum() for a, b in both])
-            dot = self._total([(a * b).double().sum() for a, b in both])
+            gap = self._total([(a - b * unit).double().square().sum() for a, b in both])
+            dot = unit * self._total([(a * b).double().sum() for a, b in both])
         if not (math.isfinite(gap) and math.isfinite(dot)):
             return []
         self.pairs.append((gap / 2, dot))
@@ -71,9 +72,13 @@ class MicroNoise:
     """Noise between the micro-batches of one accumulated step, from hooks on the gradients' accumulation while they are armed.
 
     Needs backward passes that accumulate into ``.grad`` at full size: a plain loop, with or without loss scaling; not sharded gradients.
+
+    Args:
+        timed: a context around what the hooks do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timed: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self._timed = timed
         self._handles: list[Any] = []
         self._first: dict[int, Tensor] = {}
         self._last: dict[int, Tensor] = {}
@@ -93,7 +98,12 @@ class MicroNoise:
         def listen(p: Tensor) -> None:
             if p.grad is None or p.grad.is_sparse:
                 return
-            square = p.grad.double().square().sum()
+            try:
+                with self._timed():
+                    square = p.grad.double().square().sum()
+            except Exception:  # no error of ours may end a backward pass; the counts no longer agree, so nothing is reported
+                self._count[i] = -1
+                return
             if self._count.get(i, 0) == 0:
                 self._first[i] = square
             self._last[i] = square

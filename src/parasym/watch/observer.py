@@ -94,14 +94,15 @@ class Watch:
         self._inner = functional(model, values=False).model
         self._params = _live(self._inner)
         self._trained = [p for g in optimizer.param_groups for p in g["params"]]
-        self._distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._sharded = any(is_sharded(p) for p in self._params.values())
-        self._rank = dist.get_rank() if self._distributed else 0
-        self._idle = self._distributed and self._rank > 0 and not self._sharded  # replicas: the first rank sees all there is
+        self._distributed = several and (self._sharded or type(model).__name__ == "DistributedDataParallel")  # ranks step together
+        self._rank = dist.get_rank() if several else 0
+        self._idle = self._rank > 0 and not self._sharded  # replicas: the first rank sees all there is
         self._mine: float | None = None
         self._agreed: float | None = None
         self._books: Books | None = None
-        self._pairs, self._micro = PairNoise(self._sum), MicroNoise()
+        self._pairs, self._micro = PairNoise(self._sum), MicroNoise(self._listening)
         self._seen_collapse: set[tuple[str, str]] = set()
         self._alerted: dict[tuple[str, str], float] = {}
         self._loss: dict[str, Any] = {}
@@ -222,7 +223,7 @@ class Watch:
                 return None
             if self._pairs.waiting:
                 with self.budget.measuring("noise"):
-                    self._rows += self._pairs.compare(self._trained)
+                    self._rows += self._pairs.compare(self._trained, self._unit())
                     self._micro_rows()
                 self.budget.finished("noise", self.step)
             if not self._due:
@@ -252,7 +253,7 @@ class Watch:
                 if late:
                     self._give_up("noise", "the optimiser calls a closure: its gradients are not those of one batch at one point")
                 else:
-                    self._pairs.keep(self._trained)
+                    self._pairs.keep(self._trained, self._unit())
 
     def _counting(self, closure: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same arguments, with a closure whose first loss is kept."""
@@ -305,7 +306,7 @@ class Watch:
                     "info", "", "no batch was seen before the first step, so there is nothing to find symmetries with: the model is "
                     "compiled, or called under another name", "give args= (an example batch), or watch the module that is called", "charge",
                 )  # fmt: skip
-            elif call is not None:
+            elif call is not None and any(self.budget.meters[n].active for n in ("core", "collapse")):
                 self.found = self._search(call)
                 if self.found is not None and self._charges is None:
                     charges = self.found.charges
@@ -321,16 +322,13 @@ class Watch:
         self._activate()
         if self._stored is not None:
             self._restore_books()
-        with self._safely("the record"):
-            if self.record is not None:
-                self.record.update_meta(
-                    {
-                        "charges": [c.to_dict() for c in charges],
-                        "without charge": sorted({f"{n}: {w}" for n, w in self.found.without}) if self.found else [],
-                        "set-up seconds": dict(self.budget.once),
-                        "notes": self.found.notes if self.found else [],
-                    }
-                )
+        facts = {
+            "charges": [c.to_dict() for c in charges],
+            "without charge": sorted({f"{n}: {w}" for n, w in self.found.without}) if self.found else [],
+            "set-up seconds": dict(self.budget.once),
+            "notes": self.found.notes if self.found else [],
+        }
+        self._recorded(lambda record: record.update_meta(facts))
 
     def _search(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Found | None:
         """Search; where the model is sharded on every rank alike, on the first rank's batch: they must agree on what to gather."""
@@ -379,8 +377,7 @@ class Watch:
         if not flat:
             return
         squares = iter(self._squares(flat))
-        scale = getattr(self.optimizer, "grad_scale", None)
-        unit = 1.0 if scale is None else 1.0 / float(scale) ** 2
+        unit = self._unit() ** 2
         total = [0.0, 0.0]
         for where, pair in by.items():
             for k, (side, name) in enumerate(zip(pair, ("weight norm", "gradient norm"), strict=True)):
@@ -399,7 +396,18 @@ class Watch:
     def _micro_rows(self) -> None:
         if self._micro.armed:
             grads = [p.grad.detach() for p in self._trained if p.grad is not None and not p.grad.is_sparse]
-            self._rows += self._micro.read(sum(self._squares(grads)) if grads else math.nan)
+            self._rows += self._micro.read(self._unit() ** 2 * sum(self._squares(grads)) if grads else math.nan)
+
+    def _unit(self) -> float:
+        """What gradients are still to be multiplied by: a fused optimiser undoes the loss scale itself."""
+        scale = getattr(self.optimizer, "grad_scale", None)
+        return 1.0 if scale is None else 1.0 / float(scale)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Around what the hooks on gradients do."""
+        with self.budget.hook(), self.budget.measuring("noise"):
+            yield
 
     def _after(self) -> None:
         """The second half of what is due, after the step."""
@@ -532,18 +540,23 @@ class Watch:
         alerts, self._alerts = self._alerts, []
         if self._rank:
             return
-        if self.record is not None:
-            try:
-                self.record.write(self.step, rows)
-                for a in alerts:
-                    self.record.alert(*a)
-            except RecordError as error:
-                record, self.record = self.record, None
-                self._warn("record", f"the record is no longer written: {error}")
-                record.close(None)
+        self._recorded(lambda record: record.write(self.step, rows))
+        for a in alerts:
+            self._recorded(lambda record, a=a: record.alert(*a))  # type: ignore[misc]
         self.sinks.write(self.step, rows)
         for step, severity, where, message, remedy, kind in alerts:
             self.sinks.alert(Alert(step, clock.time(), severity, where, message, remedy, kind))
+
+    def _recorded(self, write: Callable[[Record], None]) -> None:
+        """Write; where the record fails (a full disk), say so once and leave it."""
+        if self.record is None:
+            return
+        try:
+            write(self.record)
+        except RecordError as error:
+            record, self.record = self.record, None
+            self._warn("record", f"the record is no longer written: {error}")
+            record.close(None)
 
     # -- small things ------------------------------------------------------------------------------------------------------------
 
@@ -579,11 +592,13 @@ class Watch:
         try:
             yield
         except Exception as error:
-            self._silent = what not in ("closing", "a sink", "the record", "reading the first batch")
+            self._silent = what not in ("closing", "a sink", "reading the first batch")
             self._rows = []
             self._micro.disarm()
             self._pairs.drop()
-            self._warn("failed", f"failed {what}, and stops watching; training goes on: {type(error).__name__}: {error}")
+            text = f"failed {what}, and stops watching; training goes on: {type(error).__name__}: {error}"
+            self._alerts.append((self.step, "warn", "", f"parasym.watch {text}"[:500], "", "failed"))
+            self._warn("failed", text)
             log.debug("watch failed", exc_info=True)
 
     def _squares(self, tensors: Sequence[Tensor]) -> list[float]:
@@ -639,9 +654,7 @@ class Watch:
         self.budget.restore(state["budget"], self.step)
         if self._books is not None:
             self._restore_books()
-        if self.record is not None:
-            with self._safely("the record"):
-                self.record.rewind(self.step)
+        self._recorded(lambda record: record.rewind(self.step))
 
     def _restore_books(self) -> None:
         assert self._books is not None and self._stored is not None
