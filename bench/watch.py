@@ -197,7 +197,7 @@ def main_cnn(steps: int, rounds: int) -> None:
     print(f"cnn: plain SGD step {1e3 * unit:.1f} ms CPU; watched / unwatched at the default budget: {min(watched) / unit:.3f}")
     for name, m in watcher.budget.meters.items():
         if m.times:
-            print(f"    {name:10} {m.times:4d} times, {m.costs[-1] / unit:.1f} steps each")
+            print(f"    {name:10} {m.times:4d} times, {m.costs[-1] / watcher.budget.step_time:.1f} steps each")
     _cockpit(net, X, y, unit)
 
 

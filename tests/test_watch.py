@@ -426,7 +426,7 @@ def test_measurements_thin_out_to_stay_inside_the_budget(costs: dict[str, float]
         if step > 4000:
             worst = max(worst, budget.overhead)
     assert worst <= 0.052 and budget.overhead >= 0.03  # used, and not overrun
-    assert all(m.times >= 3 for m in budget.meters.values())
+    assert all(m.times >= 2 for m in budget.meters.values())
 
 
 def test_one_off_work_is_reported_and_not_charged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,8 +145,8 @@ class Budget:
     def plan(self, step: int) -> None:
         """Say for each measurement when it is due next, from what is known at this step."""
         time = self.step_time
-        total = sum(m.share for m in self.meters.values() if m.active) or 1.0
-        for m in self.meters.values():
+        rates = self._rates(step, time) if self.share is not None and time > 0 else {}
+        for name, m in self.meters.items():
             if not m.active:
                 m.next = NEVER
             elif self.share is None:
@@ -154,10 +154,27 @@ class Budget:
             elif time == 0:  # one step more, and its time is known
                 m.next = step + (2 if m.prior else 1)
             else:
-                rate = max(self.share * time - self.light / max(step - self.start, 1), 0.05 * self.share * time) * m.share / total
-                m.allowance = min(m.allowance + (step - m.seen) * rate, 2 * m.cost(time))
+                cost, rate = m.cost(time), rates[name]
+                m.allowance = min(m.allowance + (step - m.seen) * rate, 2 * cost)
                 m.seen = step
-                m.next = m.after(step + max(1, math.ceil((m.cost(time) - m.allowance) / rate)))
+                m.next = m.after(step + max(1, math.ceil((cost - m.allowance) / rate)))
+
+    def _rates(self, step: int, time: float) -> dict[str, float]:
+        """Seconds each measurement is allowed per step: its share of the budget, and of what others cannot use at their ``every``."""
+        assert self.share is not None
+        left = max(self.share * time - self.light / max(step - self.start, 1), 0.05 * self.share * time)
+        open_ = {n: m for n, m in self.meters.items() if m.active}
+        rates: dict[str, float] = {}
+        while open_:
+            total = sum(m.share for m in open_.values())
+            full = {n: m.cost(time) / m.every for n, m in open_.items() if m.times and m.cost(time) / m.every < left * m.share / total}
+            if not full:
+                rates |= {n: left * m.share / total for n, m in open_.items()}
+                break
+            rates |= {n: max(need, 1e-12) for n, need in full.items()}
+            left -= sum(full.values())
+            open_ = {n: m for n, m in open_.items() if n not in full}
+        return rates
 
     def state(self) -> dict[str, Any]:
         """Plain data to go on from."""
