@@ -306,8 +306,10 @@ def _unread(s: Symmetry, twin: Twin, graph: Graph) -> list[EntriesAction]:
         shape, wide = twin.graph.params[small].shape, graph.params[name].shape
         mask = torch.zeros(shape, dtype=torch.bool)
         mask.view(-1)[s.action.entries[small]] = True
+        if mask.dim() < 2:
+            return []
         rows = [mask.movedim(a, 0).flatten(1).any(1).nonzero()[:, 0] for a in range(mask.dim())]
-        if mask.dim() < 2 or math.prod(len(r) for r in rows) != int(mask.sum()):
+        if math.prod(len(r) for r in rows) != int(mask.sum()):
             return []
         if any(len(r) < n and n != m for r, n, m in zip(rows, shape, wide, strict=True)):
             return []

@@ -52,7 +52,7 @@ class Meter:
 
     def cost(self, step_time: float) -> float:
         """Seconds the next one is expected to take."""
-        return statistics.median(self.costs) if self.costs else self.prior * step_time
+        return statistics.median_low(self.costs) if self.costs else self.prior * step_time
 
 
 class Budget:
@@ -137,8 +137,12 @@ class Budget:
     def finished(self, name: str, step: int) -> None:
         """A measurement was made in full at this step."""
         m = self.meters[name]
-        m.costs.append(m.current)
-        m.allowance -= m.current
+        if not m.times and not m.prior:  # the first of them fills caches and opens the books: set-up, not what one costs
+            self.once[f"first {name}"] = m.current
+            self.hooks -= m.current
+        else:
+            m.costs.append(m.current)
+            m.allowance -= m.current
         m.current = 0.0
         m.last, m.times = step, m.times + 1
 

@@ -43,6 +43,8 @@ MEASURES = ("core", "noise", "samples", "collapse", "sharpness")
 
 _SHARES = {"core": 0.7, "noise": 0.05, "samples": 0.05, "collapse": 0.1, "sharpness": 0.1}
 _PRIORS = {"core": 0.0, "noise": 0.2, "samples": 5.0, "collapse": 10.0, "sharpness": 60.0}  # in steps, until one was timed
+_REPLAN = 8  # steps between two looks at the plan
+_FAR = 200  # ranks meet at least so often, to plan anew
 _CAPTURED = 32  # samples kept of the first batch
 _DATA_COLLAPSE = 3_000_000  # parameters up to which collapse is measured on data
 
@@ -279,6 +281,8 @@ class Watch:
                 with self._safely("after the step"), rng_state():
                     self._after()
         if not (self._due or self._rows or self._alerts):
+            if self.step % _REPLAN == 0 and not self._distributed:  # first guesses of costs and times do not stand for long
+                self.budget.plan(self.step)
             return
         with self.budget.hook(), torch.no_grad():
             due, self._due = self._due, ()
@@ -503,6 +507,8 @@ class Watch:
         loss = self._loss.pop("loss", None) if self._idle else self._mine
         mine = [float(self._silent), 0.0 if loss is None else 1.0, 0.0 if loss is None else float(loss)]
         ahead = [float(m.next - self.step) if m.active else -1.0 for m in meters.values()]
+        if meters["core"].active:
+            ahead[0] = min(ahead[0], float(_FAR))
         device = next(iter(self._params.values())).device
         sent = torch.tensor(
             [*mine, *(ahead if not self._rank else [0.0] * len(ahead))],
@@ -528,7 +534,9 @@ class Watch:
             m = meters[n]
             if m.active and m.times:
                 note = f"next at step {m.next}; {m.times} so far"
-                self._rows.append(Row(f"seconds of {n}", "", "cost", m.costs[-1] if m.costs else 0.0, note=note))
+                self._rows.append(
+                    Row(f"seconds of {n}", "", "cost", m.costs[-1] if m.costs else self.budget.once.get(f"first {n}", 0.0), note=note)
+                )
         note = f"hooks over the run's own time, budget {self.budget.share}; set-up of {sum(self.budget.once.values()):.2f} s not counted"
         self._rows.append(Row("overhead", "", "cost", self.budget.overhead, note=note))
         if "core" in due:
