@@ -13,7 +13,7 @@ import torch
 from parasym.gallery.contract import Entry, Result
 from parasym.gallery.runner import run_entry, seeds_of
 
-FILES = ("lazy_to_rich", "three_mechanisms", "get_rich_quick")
+FILES = ("lazy_to_rich", "three_mechanisms", "get_rich_quick", "quasi_homogeneous_margin", "stepwise_ssl")
 
 
 def entry(file: str) -> Entry:
@@ -95,6 +95,38 @@ def test_networks_without_imbalance_do_not_pass_for_unbalanced(monkeypatch: pyte
     right = gallery.doubled_start
     monkeypatch.setattr(gallery, "doubled_start", lambda config, draws: right(replace(config, deltas=(0.0,) * len(config.deltas)), draws))
     assert any("Hamming" in claim for claim in failed(gallery.networks(replace(config, steps=500, records=10))))
+
+
+def test_wrong_exponents_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import quasi_homogeneous_margin as gallery
+    from parasym.symmetry import quasi
+
+    right = quasi._least
+    monkeypatch.setattr(quasi, "_least", lambda *a: right(*a) ** 2)
+    config = replace(entry("quasi_homogeneous_margin").config("smoke").table, names=("three-layer ReLU with biases",))
+    assert any("exponents" in claim for claim in failed(gallery.table(config)))
+
+
+def test_the_euclidean_margin_does_not_pass_for_the_asymmetric_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import quasi_homogeneous_margin as gallery
+
+    right = gallery.asymmetric_angle
+    monkeypatch.setattr(gallery, "asymmetric_angle", lambda mu, radius, exponents: right(mu, radius, (1.0, 1.0)))
+    claims = failed(gallery.balls(entry("quasi_homogeneous_margin").config("smoke").balls))
+    assert sum("angle at the end" in claim for claim in claims) == 2
+
+
+def test_steps_without_the_order_of_learning_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import stepwise_ssl as gallery
+    from parasym.solvable.barlow import BarlowFlow
+
+    def naive(self: Any, W0: Any) -> Any:
+        M = W0 @ self.directions[:, : self.d]
+        return M / M.norm(dim=0), M.norm(dim=0)
+
+    monkeypatch.setattr(BarlowFlow, "start", naive)
+    claims = failed(gallery.linear(replace(entry("stepwise_ssl").config("smoke").linear, seeds=(0, 1))))
+    assert any("final W" in claim for claim in claims) and any("growth rate of descent" in claim for claim in claims)
 
 
 def test_kernels_of_the_student_are_those_of_autograd() -> None:

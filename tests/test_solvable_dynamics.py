@@ -30,6 +30,7 @@ from parasym.solvable.barlow import BarlowFlow, KernelBarlow, LinearBarlowTwins,
 from parasym.solvable.contract import NotSolvable, beside
 from parasym.solvable.engines import follow, hessian, tangent_derivative
 from parasym.solvable.line_net import LineFlow, OneDLinearNet, mechanism, scaling_phase
+from parasym.solvable.margin import TwoBalls, asymmetric_angle, growth_exponents, hard_margin, neural_collapse, simplex_margin
 from parasym.solvable.minimal_rich import MinimalRich, NeuronFlow, interpolator, metric, mirror, potential
 from parasym.symmetry.quasi import exponents
 
@@ -48,6 +49,9 @@ MODELS = {
     "balanced, downstream": LambdaBalancedNet(3, 3, 4, -1.0, points=4),
     "stepwise, aligned": LinearBarlowTwins(SPECTRUM, 3, scale=1e-3, aligned=True, points=8),
     "stepwise, generic": LinearBarlowTwins(SPECTRUM, 3, points=8),
+    "balls, product": TwoBalls(),
+    "balls, cube": TwoBalls((2.0, 0.8), powers=(1, 3), shared=True),
+    "balls, homogeneous": TwoBalls(powers=(1, 1)),
 }
 CASES = [(name, kind) for name, model in MODELS.items() for kind in model.kinds]
 
@@ -84,8 +88,8 @@ def test_losses_symmetries_and_refusals(name: str) -> None:
     draws = model.losses(theta, model.data(100_000, 1))
     assert abs(float(draws.mean() - model.loss(theta))) < 5 * float(draws.std()) / math.sqrt(len(draws)) + 1e-12
     generators = model.generators(theta)
-    assert generators or model.d == 1
-    assert max(abs(tangent_derivative(model.loss, theta, lambda _, g=g: g)) for g in generators) < 1e-10
+    assert generators or isinstance(model, TwoBalls)
+    assert all(abs(tangent_derivative(model.loss, theta, lambda _, g=g: g)) < 1e-10 for g in generators)
     with pytest.raises(NotSolvable, match=model.kinds[0]):
         model.predict("phase")
     # observables do not change along a finite element of the first symmetry that the metric shares
@@ -124,6 +128,13 @@ def test_the_end_is_a_minimum(name: str) -> None:
         (lambda: BarlowFlow(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), 1), "symmetric"),
         (lambda: view_correlation(torch.ones(3, 2), torch.ones(3, 2) * math.nan), "finite"),
         (lambda: KernelBarlow(torch.eye(3), 1), "2n"),
+        (lambda: TwoBalls(powers=(0, 1)), "powers"),
+        (lambda: TwoBalls((math.nan, 1.0)), "finite"),
+        (lambda: asymmetric_angle((1.0, 1.0), -1.0, (1.0, 0.5)), "finite and not negative"),
+        (lambda: hard_margin(torch.ones(2, 2), torch.tensor([1.0, -1.0])), "cannot be separated"),
+        (lambda: growth_exponents({"a": torch.ones(2)}, torch.ones(2)), "three points"),
+        (lambda: neural_collapse(torch.ones(2, 3), torch.zeros(2, dtype=torch.long), torch.ones(2, 3)), "needs a sample"),
+        (lambda: simplex_margin(1), "two classes"),
         (lambda: riccati.scalar(1.0, 0.0, 1.0, 0.0, [1.0, 4.0]), "blows up"),
         (lambda: riccati.scalar(1.0, 0.0, 0.0, 1.0, [2.0]), "blows up"),
         (lambda: riccati.Propagator(torch.tensor([[0.0, 1.0], [0.0, 0.0]])), "symmetric"),
@@ -346,6 +357,47 @@ def test_merged_steps_are_not_claimed_and_separation_is_reported() -> None:
     assert tied.predict("trajectory").status == "not_applicable" and tied.compare("final").ok
     assert LinearBarlowTwins((1.0, 0.5, -0.5), 3).predict("final").values["loss"].value == 1.0
     assert float(half_times(torch.arange(3.0), torch.zeros(3, 1))[0]) == math.inf
+
+
+# ------------------------------------------------------------------------------------------------ margins
+
+
+def test_asymmetric_margin_is_its_quadratic_programme() -> None:
+    """min a^2 / 2 subject to every margin >= 1 (b free): the theorem's problem, by a general solver, on dense circles."""
+    from scipy.optimize import minimize
+
+    for mu in ((2.0, 0.5), (2.0, 0.8), (1.5, 0.9)):
+        full = TwoBalls(mu, points=4000).full()
+        rows = (full["x"] * full["y"][:, None])[:4000].numpy()
+        limits = {"type": "ineq", "fun": lambda w, rows=rows: rows @ w - 1, "jac": lambda w, rows=rows: rows}
+        found = minimize(lambda w: 0.5 * w[0] ** 2, [2.0, 2.0], jac=lambda w: np.array([w[0], 0.0]), constraints=limits, method="SLSQP")
+        angle = math.degrees(math.atan2(found.x[1], found.x[0]))
+        assert abs(angle - float(asymmetric_angle(mu, 1.0, (1.0, 0.5)).value)) < 0.1
+    assert asymmetric_angle((0.5, 0.3), 1.0, (1.0, 0.5)).status == "not_applicable"
+    assert float(asymmetric_angle((1.5, 1.3), 1.0, (1.0, 0.5)).value) == 90.0
+    assert float(asymmetric_angle((0.5, 2.0), 1.0, (0.5, 1.0)).value) == pytest.approx(60.0)
+
+
+def test_balls_have_the_exponents_of_their_traced_network() -> None:
+    for model, expected in ((TwoBalls(), {"a": 1.0, "b": 0.5}), (TwoBalls(powers=(1, 3), shared=True), {"a": 1.0, "b": 1 / 3})):
+        found = exponents(model.module(), torch.randn(9, 2, generator=torch.Generator().manual_seed(0)))
+        assert {n: float(v) for n, v in found.exponents.items()} == pytest.approx(expected)
+    fine = exponents(TwoBalls().module(), torch.randn(9, 2, generator=torch.Generator().manual_seed(0)), groups="unit")
+    assert fine.nullity == 1  # u v: one rescaling between its factors
+    assert TwoBalls((1.5, 1.3)).predict("growth").status == "not_applicable"
+
+
+def test_collapse_meters_on_an_exact_simplex() -> None:
+    frame = torch.eye(4, dtype=F64) - 0.25
+    frame = frame / frame.norm(dim=1, keepdim=True)
+    labels = torch.arange(4).repeat_interleave(5)
+    found = neural_collapse(frame[labels], labels, 3 * frame)
+    assert found.within < 1e-20 and abs(found.cosine + 1 / 3) < 1e-12 and found.spread < 1e-12
+    assert abs(found.alignment - 1) < 1e-12 and found.agreement == 1
+    z = frame @ frame.mT
+    margin = (z.diagonal() - (z - 9 * torch.eye(4)).amax(1)).min() / frame.norm()
+    assert abs(float(margin) - simplex_margin(4)) < 1e-12
+    assert neural_collapse(normal(20, 4), labels, normal(4, 4, seed=1)).within > 0.3
 
 
 # ------------------------------------------------------------------------------------------------ quasi-homogeneous exponents

@@ -17,6 +17,7 @@ from parasym.solvable.landscape import Landscape
 from parasym.solvable.latent import LinearLVM
 from parasym.solvable.line_net import OneDLinearNet
 from parasym.solvable.linear_nets import DeepLinear, DeepLinearMulti
+from parasym.solvable.margin import TwoBalls
 from parasym.solvable.minimal_rich import MinimalRich
 from parasym.solvable.models import (
     AdaptiveStep,
@@ -60,6 +61,7 @@ __all__ = [
     "RegularizedLAE",
     "Row",
     "SSLQuartic",
+    "TwoBalls",
     "TwoLayerOrigin",
     "Uniform",
     "beside",

@@ -1,0 +1,433 @@
+"""On the Stepwise Nature of Self-Supervised Learning: embedding dimensions are learned one at a time.
+
+Slug stepwise-ssl. Linear and kernel encoders: L = |C - I|_F^2, C = W Gamma W^T, nothing normalised or centred, gradient descent from W0 =
+alpha N(0, 1). InfoNCE in its exact Gaussian form. On digits: a small convolutional encoder, Barlow Twins with lambda = 1 on centred,
+unnormalised embeddings of two noisy, shifted views, fresh views at every step, SGD; the start is scaled down on the last layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from parasym.gallery.contract import Entry, Figure, Part, control, holds, match
+from parasym.gallery.digits import digits
+from parasym.gallery.drawings import agreement, curves
+from parasym.gallery.ensemble import Ensemble, plain, slope
+from parasym.solvable.barlow import BarlowFlow, KernelBarlow, half_times, view_correlation
+from parasym.solvable.engines import flow
+
+SLUG = "stepwise-ssl"
+
+
+def rotated(spectrum: tuple[float, ...], draws: torch.Generator) -> Tensor:
+    """V diag(spectrum) V^T with a random orthogonal V."""
+    m = len(spectrum)
+    V = torch.linalg.qr(torch.randn(m, m, generator=draws, dtype=torch.float64))[0]
+    return V * torch.tensor(spectrum, dtype=torch.float64) @ V.mT
+
+
+# ------------------------------------------------------------------------------------------------ A1, A2: linear
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """m = 12, d = 5; descent at eta from alpha N(0, 1), every ``every``-th step recorded; several alphas for the convergence of R3."""
+
+    spectrum: tuple[float, ...] = (1.0, 0.6, 0.36, 0.2, 0.11, 0.05, 0.03, 0.01, 0.0, -0.05, -0.1, -0.3)
+    d: int = 5
+    eta: float = 0.01
+    alphas: tuple[float, ...] = (1e-3, 1e-6, 1e-8)
+    time: float = 60.0
+    every: int = 5
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def descend(gamma: Tensor, W: Tensor, eta: float, steps: int, every: int = 1) -> tuple[Tensor, Tensor]:
+    """Descent for many W (..., d, m); eigenvalues of C at every ``every``-th step, the start included, and the last W."""
+    eye, seen = torch.eye(W.shape[-2], dtype=torch.float64), []
+    for step in range(steps + 1):
+        C = W @ gamma @ W.mT
+        if step % every == 0:
+            seen.append(C)
+        last, W = W, W - 4 * eta * (C - eye) @ W @ gamma
+    return torch.linalg.eigvalsh(torch.stack(seen)).flip(-1), last
+
+
+def linear(config: LinearConfig) -> Part:
+    """A1, A2, R1-R4, and controls: step times, plateaus, the final map; a large start, independent views, a degenerate spectrum."""
+    alpha = config.alphas[1]
+    steps, d = round(config.time / config.eta), config.d
+    early, discrete, ends, plateaus, naive, converge, exact = [], [], [], [], [], [], []
+    figure = None
+    t = config.eta * torch.arange(0, steps + 1, config.every, dtype=torch.float64)
+    for seed in config.seeds:
+        draws = torch.Generator().manual_seed(seed)
+        closed = BarlowFlow(rotated(config.spectrum, draws), d)
+        start = torch.randn(d, len(config.spectrum), generator=draws, dtype=torch.float64)
+        lam, last = descend(closed.gamma, torch.stack([a * start for a in config.alphas]), config.eta, steps, config.every)
+        u, s0 = closed.start(alpha * start)
+        found, theory = half_times(t, lam[:, 1]), closed.step_times(s0)
+        early.append(found / theory - 1)
+        discrete.append(found / closed.step_times(s0, config.eta) - 1)
+        wrong = (alpha * start @ closed.directions[:, :d]).norm(dim=0)
+        naive.append((found / closed.step_times(wrong, config.eta) - 1).abs().max())
+        converge.append(
+            [float((last[k] - closed.final(closed.start(a * start)[0])).norm() / last[k].norm()) for k, a in enumerate(config.alphas)]
+        )
+        ends.append(converge[-1][1])
+        loss = (1 - lam[:, 1]).square().sum(-1)
+        between = [float(loss[round(float(0.5 * (found[j] + found[j + 1])) / config.eta / config.every)]) for j in range(d - 1)]
+        plateaus.append(between)
+        exact.append(_aligned(closed, u * 1e-2 @ closed.directions[:, :d].mT))
+        if figure is None:
+            figure = _staircase(t, lam[:, 1], closed.eigenvalues(s0, t), closed.loss(s0, t))
+    big, sharp, blank, merged = _linear_controls(config)
+    assert figure is not None
+    checks = (
+        match("step times, every mode and seed, relative", 0.0, torch.stack(early), 0.05, source=f"{SLUG} A1, R2, R3"),
+        match("step times with the growth rate of descent, relative", 0.0, torch.stack(discrete), 0.01, source=f"{SLUG} A1"),
+        match("plateaus of the loss: d - 1, ..., 1", [float(v) for v in range(d - 1, 0, -1)] * len(config.seeds),
+              [v for row in plateaus for v in row], 0.05, source=f"{SLUG} A1, R4"),
+        match(f"final W against sum g^-1/2 u v^T, relative, alpha = {alpha:g}", 0.0, ends, 1e-2, source=f"{SLUG} A1, R4", spread=ends),
+        holds("the error of the final W falls with alpha: first over last", [row[0] / row[-1] for row in converge], at_least=10.0,
+              source=f"{SLUG} R3"),
+        match("aligned start against the ODE", 0.0, exact, 1e-10, source=f"{SLUG} A2, R1", spread=exact),
+        control("|W0 v_j| in place of the QR rule: worst error of a step time", torch.stack(naive), at_least=0.02, source=f"{SLUG} R3"),
+        control("alpha = 1: longest flat stretch of the loss over the run, against the small start's", big, at_most=0.5 * sharp,
+                source=f"{SLUG} control"),
+        control("independent views: the loss stays at d", blank, at_least=0.95 * d, source=f"{SLUG} control"),
+        control("equal eigenvalues: the two steps are closer than two separated ones would be, ratio", merged, at_most=0.5,
+                source=f"{SLUG} control"),
+    )  # fmt: skip
+    return Part(checks, figure)
+
+
+def _aligned(closed: BarlowFlow, W: Tensor) -> float:
+    t = torch.linspace(0, 20, 41, dtype=torch.float64)
+    eye = torch.eye(closed.d, dtype=torch.float64)
+    run = flow(lambda w: (w["w"] @ closed.gamma @ w["w"].mT - eye).square().sum(), {"w": W}, t, rtol=1e-12, atol=1e-15)
+    return float((closed.trajectory(W, t) - run.theta["w"]).abs().max())
+
+
+def _staircase(t: Tensor, lam: Tensor, theory: Tensor, loss: Tensor) -> tuple[Figure, Figure]:
+    pick = torch.unique(torch.logspace(0, math.log10(len(t) - 1), 150).long())
+    ranks = theory.sort(-1, descending=True).values
+    series = []
+    for j in range(lam.shape[1]):
+        series.append({"name": f"mode {j + 1}", "x": plain(t[pick]), "y": plain(ranks[pick, j]), "colour": j})
+        series.append({"name": f"descent {j + 1}", "x": plain(t[pick]), "y": plain(lam[pick, j]), "mark": "points", "colour": j})
+    measured = (1 - lam).square().sum(-1)
+    losses = [{"name": "closed form", "x": plain(t[pick]), "y": plain(loss[pick])},
+              {"name": "descent", "x": plain(t[pick]), "y": plain(measured[pick]), "mark": "points"}]  # fmt: skip
+    return (
+        Figure("eigenvalues of the embedding, linear", {"series": series, "x": "time", "y": "lambda_j", "log": "x"}, curves),
+        Figure(
+            "the staircase of the loss", {"series": losses, "x": "time", "y": "loss", "log": "x"}, curves, "One step for each dimension."
+        ),
+    )
+
+
+def _linear_controls(config: LinearConfig) -> tuple[float, float, float, float]:
+    draws = torch.Generator().manual_seed(config.seeds[0])
+    gamma, d = rotated(config.spectrum, draws), config.d
+    start = torch.randn(d, len(config.spectrum), generator=draws, dtype=torch.float64)
+    steps = round(0.5 * config.time / config.eta)
+    lam, _ = descend(gamma, torch.stack([0.3 * start, config.alphas[1] * start]), config.eta, steps)
+    loss = (1 - lam).square().sum(-1)
+
+    def flat(curve: Tensor) -> float:
+        """Share of the run, in log time, on plateaus above 1/2 (less than .02 of change a step of log time .05)."""
+        at = torch.unique(torch.logspace(1, math.log10(len(curve) - 1), 60).long())
+        values = curve[at]
+        return float((((values[1:] - values[:-1]).abs() < 0.02) & (values[1:] > 0.5)).double().mean())
+
+    x, other = (torch.randn(4000, len(config.spectrum), generator=draws, dtype=torch.float64) for _ in range(2))
+    noise, _ = descend(view_correlation(x, other), config.alphas[1] * start, config.eta, steps)
+    blank = float((1 - noise).square().sum(-1).min())
+    tied = rotated((1.0, 1.0, 0.25, 0.0), draws)
+    W = config.alphas[1] * torch.randn(2, 4, generator=draws, dtype=torch.float64)
+    t = config.eta * torch.arange(2001, dtype=torch.float64)
+    near = half_times(t, descend(tied, W, config.eta, 2000)[0])
+    far = half_times(t, descend(rotated((1.0, 0.5, 0.25, 0.0), draws), W, config.eta, 2000)[0])
+    return flat(loss[:, 0]), flat(loss[:, 1]), blank, float((near[1] - near[0]) / (far[1] - far[0]))
+
+
+# ------------------------------------------------------------------------------------------------ A3: kernels
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """40 pairs in the plane around (0,0), (3,0), (0,5), (7,7) with 20, 11, 6, 3 points, jitter .3 in clusters and between views, RBF of
+    width 1.5, d = 3; A0 = alpha N(0,1) K^-1/2, eta = .01 / g_1; embedding of 50 new points."""
+
+    alphas: tuple[float, ...] = (1e-4, 1e-8)
+    tolerances: tuple[float, ...] = (5e-2, 2e-3)
+    d: int = 3
+    steps: int = 12_000
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def kernels(config: KernelConfig) -> Part:
+    """A3, R5: the embedding kernel gradient flow ends at, on new points."""
+    centres, counts = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 5.0], [7.0, 7.0]], dtype=torch.float64), (20, 11, 6, 3)
+    forms, losses, errors = [], [], {alpha: [] for alpha in config.alphas}  # type: ignore[var-annotated]
+    for seed in config.seeds:
+        draws = torch.Generator().manual_seed(seed)
+        jitter = lambda n: 0.3 * torch.randn(n, 2, generator=draws, dtype=torch.float64)  # noqa: E731, B023
+        points = centres.repeat_interleave(torch.tensor(counts), 0)
+        points = points + jitter(len(points))
+        views = torch.cat([points + jitter(len(points)), points + jitter(len(points))])
+        fresh = centres[torch.randint(4, (50,), generator=draws)] + jitter(50)
+        rbf = lambda a, b: (-torch.cdist(a, b).square() / (2 * 1.5**2)).exp()  # noqa: E731
+        found = KernelBarlow(rbf(views, views), config.d)
+        forms.append(float((found.paper_form() - found.linear.gamma).abs().max()))
+        starts = [found.random_start(alpha, torch.Generator().manual_seed(seed + 7)) for alpha in config.alphas]
+        A, eta = torch.stack(starts), 0.01 / float(found.linear.spectrum[0])
+        KS, eye = found.kernel @ found.swap / len(found.kernel), torch.eye(config.d, dtype=torch.float64)
+        both = KS @ found.kernel
+        for _ in range(config.steps):
+            A = A - 4 * eta * (A @ both @ A.mT - eye) @ A @ KS
+        for k, alpha in enumerate(config.alphas):
+            seen, theory = rbf(fresh, views) @ A[k].mT, found.embed(starts[k], rbf(fresh, views))
+            errors[alpha].append(float((seen - theory).norm() / theory.norm()))
+            losses.append(float((found.covariance(A[k]) - eye).square().sum()))
+    checks = [match(f"embedding of new points, relative, alpha = {alpha:g}", 0.0, errors[alpha], tol, source=f"{SLUG} A3, R5",
+                    spread=errors[alpha])
+              for alpha, tol in zip(config.alphas, config.tolerances, strict=True)]  # fmt: skip
+    checks += [
+        match("loss at the end", 0.0, losses, 1e-11, source=f"{SLUG} A3"),
+        match("K^1/2 S K^1/2 and the paper's form of Gamma", 0.0, forms, 1e-7, source=f"{SLUG} R5"),
+    ]
+    return Part(tuple(checks))
+
+
+# ------------------------------------------------------------------------------------------------ A4, R7, R8: other losses, a speed-up
+
+
+@dataclass(frozen=True)
+class OtherConfig:
+    """Gaussian InfoNCE with A = diag(2, 1, .5, .25), C = A / 5 in 4 x 4; and preconditioned descent.
+
+    InfoNCE on Gaussian data has L = -Tr(W B W^T) + O(W^4) with B = A; here W Sigma W^T, Sigma = A + C; alpha = 1e-5, eta = .01.
+    """
+
+    levels: tuple[float, ...] = (2.0, 1.0, 0.5, 0.25)
+    alpha: float = 1e-5
+    eta: float = 0.01
+    steps: int = 6000
+    spectrum: tuple[float, ...] = (1.0, 0.5, 0.25, 0.12)
+    eps: float = 1e-3
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def gaussian_infonce(W: Tensor, A: Tensor, C: Tensor) -> Tensor:
+    """InfoNCE of anchors and positives x = z + e, x' = z + e', z ~ N(0, A), e, e' ~ N(0, C), against a Gaussian sea, in closed form.
+
+    With energy |f - f'|^2 / 2: E |W (e - e')|^2 / 2 + E_x log E_y exp(-|W (x - y)|^2 / 2), y ~ N(0, Sigma).
+    """
+    sigma = W @ (A + C) @ W.mT
+    eye = torch.eye(len(W), dtype=W.dtype)
+    pull = (W @ C @ W.mT).trace()
+    # E_y exp(-|f - y|^2 / 2) = det(1 + S)^-1/2 exp(-f (1 + S)^-1 f / 2)
+    inverse = torch.linalg.inv(eye + sigma)
+    return pull - 0.5 * torch.logdet(eye + sigma) - 0.5 * (inverse @ sigma).trace()
+
+
+def others(config: OtherConfig) -> Part:
+    """A4, R7, R8: InfoNCE climbs the same staircase at rates 4 eig(B); a preconditioner makes the steps come together."""
+    A = torch.tensor(config.levels, dtype=torch.float64).diag()
+    C = A / 5
+    t = config.eta * torch.arange(config.steps + 1, dtype=torch.float64)
+    gradient = torch.func.vmap(torch.func.grad(lambda W: gaussian_infonce(W, A, C)))
+    W, seen = config.alpha * Ensemble(config.seeds).normal(4, 4), []
+    for _ in range(config.steps + 1):
+        seen.append(W @ (A + C) @ W.mT)
+        W = W - config.eta * gradient(W)
+    lam = torch.linalg.eigvalsh(torch.stack(seen)).flip(-1)
+    rates, orders = [], []
+    for i in range(len(config.seeds)):
+        grown, halves = [], []
+        for j in range(4):
+            curve = lam[:, i, j]
+            first, last, half = (int((curve >= share * curve[-1]).nonzero()[0]) for share in (1e-5, 3e-3, 0.5))
+            grown.append(slope(t[first:last], curve[first:last].log()))
+            halves.append(t[half])
+        rates.append(torch.stack(grown))
+        orders.append(min(float(b / a) for a, b in pairwise(halves)))
+    steps = {how: [_spread(config, seed, how) for seed in config.seeds] for how in ("plain", "fixed", "relative")}
+    spread = {how: torch.tensor([row[0] for row in rows]) for how, rows in steps.items()}
+    checks = (
+        match("InfoNCE: early growth rate of each eigenvalue against 4 eig(B)", [4 * v for v in config.levels] * len(config.seeds),
+              torch.stack(rates), 0.03, relative=True, source=f"{SLUG} A4, R7"),
+        holds("InfoNCE: each step comes later than the one before, ratio of times", orders, at_least=1.3, source=f"{SLUG} A4"),
+        holds("P = ((C + eps) / (c_max + eps))^-1/2: last step over first, share of the plain one", spread["relative"] / spread["plain"],
+              at_most=0.5, source=f"{SLUG} R8", spread=spread["relative"]),
+        match("with it C = I at the end all the same", 0.0, [row[1] for row in steps["relative"]], 1e-3, source=f"{SLUG} R8"),
+        control("P = (C + eps)^-1/2 of a fixed size: the ratio of step times stays that of 1 / g", spread["fixed"] / spread["plain"],
+                at_least=0.7, source=f"{SLUG} R8", spread=spread["fixed"]),
+    )  # fmt: skip
+    series = [{"name": f"eigenvalue {j + 1}", "x": plain(t[1:]), "y": plain(lam[1:, 0, j])} for j in range(4)]
+    return Part(checks, (Figure("InfoNCE", {"series": series, "x": "time", "y": "eigenvalue of W Sigma W^T", "log": "y"}, curves),))
+
+
+def _spread(config: OtherConfig, seed: int, how: str) -> tuple[float, float]:
+    """Last step time over first, and |C - I| at the end, of descent with a preconditioner P(C).
+
+    With P a fixed function of C each mode obeys lam' = 8 g lam (1 - lam) P(lam): its step time is 1 / g times a number that hardly
+    depends on the mode, so the ratios stay. A P relative to the largest eigenvalue leaves the first step alone and hurries the rest.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    gamma = rotated(config.spectrum, draws)
+    W, eye = config.alpha * torch.randn(4, 4, generator=draws, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    seen, eta = [], config.eta / 8 if how == "fixed" else config.eta  # a fixed P makes the start about 30 times faster
+    for _ in range(config.steps):
+        C = W @ gamma @ W.mT
+        seen.append(C)
+        if how == "plain":
+            P = eye
+        else:
+            values, vectors = torch.linalg.eigh(C)
+            values = values.clamp_min(0) + config.eps
+            P = vectors * (values / (values[-1] if how == "relative" else 1.0)).rsqrt() @ vectors.mT
+        W = W + 4 * eta * P @ (eye - C) @ W @ gamma
+    tau = half_times(eta * torch.arange(len(seen), dtype=torch.float64), torch.linalg.eigvalsh(torch.stack(seen)).flip(-1))
+    return float(tau[-1] / tau[0]), float((W @ gamma @ W.mT - eye).abs().max())
+
+
+# ------------------------------------------------------------------------------------------------ a convolutional encoder on digits
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Encoder conv(8, 3x3, stride 1) - ReLU - conv(16, 3x3, stride 2) - ReLU - linear(d) without biases on the 1797 digits; views: shift
+    of at most one pixel and noise of size ``noise``; the last layer's start times ``alpha``; plain SGD, batches of ``batch`` pairs."""
+
+    d: int = 6
+    alpha: float = 1e-4
+    noise: float = 0.1
+    lr: float = 0.05
+    batch: int = 256
+    steps: int = 1000
+    every: int = 4
+    probe: int = 300
+    large: float = 1.0
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def _views(x: Tensor, noise: float, stream: torch.Generator) -> Tensor:
+    """(n, 1, 8, 8): each image rolled by at most one pixel each way, with noise."""
+    move = torch.randint(-1, 2, (2,), generator=stream).tolist()
+    moved = torch.roll(x, move, (2, 3))
+    return moved + noise * torch.randn(x.shape, generator=stream)
+
+
+def _centred(z: Tensor) -> Tensor:
+    return z - z.mean(0)
+
+
+def _encoder(d: int, alpha: float, stream: torch.Generator) -> nn.Sequential:
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.ReLU(),
+        nn.Flatten(), nn.Linear(256, d, bias=False),
+    )  # fmt: skip
+    with torch.no_grad():
+        for index, scale in (("0", 1.0), ("2", 1.0), ("5", alpha)):
+            w = net.get_parameter(f"{index}.weight")
+            w.copy_(scale * torch.randn(w.shape, generator=stream) * (2 / w[0].numel()) ** 0.5)
+    return net
+
+
+def _train(config: ConvConfig, alpha: float, seed: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of the cross-correlation of held-out views (steps / every, d), and of Gamma of the untrained features (d,)."""
+    stream = torch.Generator().manual_seed(seed)
+    net, seen = _encoder(config.d, alpha, stream), []
+    probe = [_views(x[: config.probe], config.noise, stream) for _ in range(2)]
+    with torch.no_grad():
+        features = [_centred(net[:5](v)).double() for v in probe]
+        g = torch.linalg.eigvalsh(view_correlation(*features)).flip(0)[: config.d]
+    eye = torch.eye(config.d)
+    for step in range(config.steps):
+        if step % config.every == 0:
+            with torch.no_grad():
+                seen.append(torch.linalg.eigvalsh(view_correlation(*(_centred(net(v)) for v in probe))).flip(0))
+        pick = torch.randint(len(x), (config.batch,), generator=stream)
+        a, b = (_centred(net(_views(x[pick], config.noise, stream))) for _ in range(2))
+        C = 0.5 * (a.mT @ b + b.mT @ a) / config.batch
+        grads = torch.autograd.grad((C - eye).square().sum(), list(net.parameters()))
+        with torch.no_grad():
+            for p, grad in zip(net.parameters(), grads, strict=True):
+                p.sub_(config.lr * grad)
+    return torch.stack(seen), g
+
+
+def conv(config: ConvConfig) -> Part:
+    """R7: a convolutional encoder learns its dimensions one at a time; step times fall as a power of the spectrum it starts with."""
+    x = digits(0.98).x.reshape(-1, 1, 8, 8)
+    x = x - x.mean()
+    order, powers, learned, series, ones, waits = [], [], [], [], [], []
+    t = 1 + torch.arange(0, config.steps, config.every).double()
+    for seed in config.seeds:
+        lam, g = _train(config, config.alpha, seed, x)
+        tau = half_times(t, lam)
+        done = tau.isfinite()
+        learned.append(float(done.sum()))
+        times = tau[done]
+        order.append(float(times[-1] / times[0]))
+        waits.append(float(times[0]))
+        powers.append(float(torch.corrcoef(torch.stack([times.log(), -g[done].log()]))[0, 1]))
+        ones.append(float((lam[-10:, :2].mean(0) - 1).abs().max()))
+        if seed == config.seeds[0]:
+            keep = torch.unique(torch.logspace(0, math.log10(len(t) - 1), 120).long())
+            series = [{"name": f"dimension {j + 1}", "x": plain(t[keep]), "y": plain(lam[keep, j])} for j in range(config.d)]
+            points = {"series": [{"name": "steps", "predicted": plain(1 / g[done]), "measured": plain(times)}], "x": "1 / g_j of the start",
+                      "y": "step", "log": "xy"}  # fmt: skip
+    brief = replace(config, steps=config.steps // 4)
+    at_once = [half_times(t, _train(brief, config.large, seed, x)[0])[0] for seed in config.seeds[:1]]
+    checks = (
+        holds("dimensions learned (eigenvalue above one half)", learned, at_least=4.0, source=f"{SLUG} R7", spread=learned),
+        holds("last step time over first", order, at_least=1.8, source=f"{SLUG} R7", spread=order),
+        holds("correlation of log step time with log 1 / g at the start", powers, at_least=0.8, source=f"{SLUG} R7", spread=powers),
+        match("the first two eigenvalues end at 1", 0.0, ones, 0.15, source=f"{SLUG} R4, R7", spread=ones),
+        control(f"last layer {config.large:g} times its usual size: first step, over that of the small start", at_once[0] / waits[0],
+                at_most=0.25, source=f"{SLUG} control"),
+    )  # fmt: skip
+    return Part(checks, (
+        Figure("the staircase of a convolutional encoder", {"series": series, "x": "step", "y": "eigenvalue", "log": "x"}, curves),
+        Figure("step times against the spectrum", points, agreement),
+    ))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """One field for each experiment."""
+
+    linear: LinearConfig | None = LinearConfig()
+    kernels: KernelConfig | None = KernelConfig()
+    others: OtherConfig | None = OtherConfig()
+    conv: ConvConfig | None = ConvConfig()
+
+
+ENTRY = Entry(
+    slug=SLUG,
+    title="On the Stepwise Nature of Self-Supervised Learning",
+    paper="J. B. Simon, M. Knutins, L. Ziyin, D. Geisz, A. J. Fetterman, J. Albrecht, ICML 2023, arXiv 2303.15438",
+    claims=(
+        "From a small start a linear or kernel encoder learns its embedding one dimension at a time, at times known in closed form.",
+        "It ends at the top eigendirections of the cross-view correlation: a kernel PCA.",
+        "InfoNCE, and a convolutional encoder on digits, climb the same staircase.",
+    ),
+    presets={
+        "smoke": Config(linear=LinearConfig(eta=0.02), kernels=KernelConfig(steps=5000), others=OtherConfig(steps=4000), conv=None),
+        "default": Config(),
+        "full": Config(
+            linear=LinearConfig(seeds=tuple(range(8))), kernels=KernelConfig(seeds=tuple(range(8))),
+            conv=ConvConfig(d=16, steps=10_000, seeds=tuple(range(5))),
+        ),
+    },
+    experiments={"linear": linear, "kernels": kernels, "others": others, "conv": conv},
+)  # fmt: skip
