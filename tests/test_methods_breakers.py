@@ -773,10 +773,10 @@ def test_signs_make_a_network_small() -> None:
     gone = int((left < 1e-6).sum())
     assert 0 < gone < 6  # all or nothing, unit by unit
     assert handle.snap(1e-6) == gone
-    value = float(loss())
+    value = float(loss().detach())
     handle.bake()
     assert int((model[0].weight == 0).all(1).sum()) == gone == int((model[2].weight == 0).all(0).sum())
-    assert float(loss()) == pytest.approx(value, rel=1e-12) and type(model[0]) is nn.Linear
+    assert float(loss().detach()) == pytest.approx(value, rel=1e-12) and type(model[0]) is nn.Linear
 
 
 def test_units_are_merged_exactly() -> None:
@@ -876,3 +876,55 @@ def test_a_symmetry_the_model_does_not_have_is_refused() -> None:
             p.zero_()
     with pytest.raises(NotASymmetryError):
         dcs(collapsed, signs, 0.1, inputs=INPUTS)
+
+
+# ------------------------------------------------------------------------------------------------ real architectures
+
+
+class Mixed(nn.Module):
+    """An embedding tied to the head, an LSTM (which keeps a list of its weights) and an attention block (which has a fast path)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.lstm, self.up = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.block(self.up(self.lstm(self.table(ids))[0])))
+
+
+@pytest.mark.parametrize("method", ["syre", "syre metric", "spred", "spred group"])
+@pytest.mark.parametrize("training", [True, False])
+def test_recurrent_and_attention_layers_read_the_new_weights(method: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model = Mixed().double().train(training)
+    ids = torch.arange(14).reshape(2, 7) % 11
+    before, weight = model(ids).detach(), model.lstm.weight_ih_l0.detach().clone()
+    handle = METHODS[method](model).apply()
+    torch.testing.assert_close(model(ids), before, atol=1e-12, rtol=0)
+    optimizer = torch.optim.Adam(handle.param_groups(lr=1e-2))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(ids).square().mean().backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in model.parameters())
+    after = model(ids).detach()
+    handle.bake()
+    torch.testing.assert_close(model(ids), after, atol=1e-12, rtol=0)
+    assert float((model.lstm.weight_ih_l0 - weight).detach().abs().max()) > 1e-3 and model.head.weight is model.table.weight
+
+
+def test_a_hugging_face_model_is_reparametrised_and_given_back() -> None:
+    transformers = pytest.importorskip("transformers", reason="extra transformers")
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config).double().eval()
+    ids = torch.arange(16).reshape(2, 8)
+    before = model(ids).logits.detach()
+    for plan in (syre(model).shift(), spred(model, 1e-3)):
+        plan.apply()
+        torch.testing.assert_close(model(ids).logits, before, atol=1e-12, rtol=0)
+        plan.undo()
+        assert torch.equal(model(ids).logits, before) and model.lm_head.weight is model.transformer.wte.weight

@@ -133,9 +133,8 @@ class Dcs(Reparametrization):
         near = self.residuals() <= tol
         with torch.no_grad():
             self.joint.u.mul_(~near[self.mirror.groups].to(self.joint.u.device))
-            for k in range(self.joint.v.numel()):
-                if not bool((self.joint.u[self.joint.owner == k] != 0).any()):
-                    self.joint.v[k] = 0.0
+            left = torch.zeros_like(self.joint.v).index_add(0, self.joint.owner, (self.joint.u != 0).to(self.joint.v))
+            self.joint.v.mul_(left > 0)
         return int(near.sum())
 
 

@@ -222,13 +222,6 @@ class Reparametrization:
         """A JSON-ready description, without the tensors."""
         return plain({"method": self.method, "parameters": list(self.lifts), "certificate": self.certificate, "summary": self.summary})
 
-    def __enter__(self) -> Self:
-        return self.apply()
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self.bake()
-
     def _places(self) -> dict[str, list[Place]]:
         if self._taken is None:
             raise InputError(f"This {self.method} reparametrisation is not applied: call apply() first.")
@@ -438,7 +431,7 @@ def _swap(plan: Reparametrization, taken: _Taken, optimizer: Optimizer) -> None:
     extra: dict[tuple[int, float], list[nn.Parameter]] = {}
     seen: set[Tensor] = set()
     for name, lift in plan.lifts.items():
-        old, new = taken.plain[name], plan_originals(taken, name)
+        old, new = taken.plain[name], originals(*taken.places[name][0])
         at = where.get(old)
         if at is None:
             if old.requires_grad:
@@ -478,11 +471,6 @@ def _swap(plan: Reparametrization, taken: _Taken, optimizer: Optimizer) -> None:
         named = {"param_names": [f"{plan.method}.{len(optimizer.param_groups)}.{i}" for i in range(len(params))]}
         has_names = "param_names" in optimizer.param_groups[0]
         optimizer.add_param_group({"params": params, **options, **(named if has_names else {})})
-
-
-def plan_originals(taken: _Taken, name: str) -> tuple[nn.Parameter, ...]:
-    """The trained tensors of a weight while it is being installed."""
-    return originals(*taken.places[name][0])
 
 
 def _pushed(state: Mapping[str, Any], laws: Mapping[str, str], lift: Lift, weight: Tensor, i: int) -> dict[str, Any]:

@@ -64,13 +64,13 @@ class Syre:
 
     def theta0(self, name: str) -> Tensor:
         """The point one parameter decays to, shaped, placed and sharded like it."""
-        return self._points[name] if self.stored else self._draw(name, 0)
+        return self._here(name, self._points) if self.stored else self._draw(name, 0)
 
     def excess(self, name: str) -> Tensor | None:
         """D - 1 of one parameter, in float32 or wider (1 + xi has too few distinct values near 1); None for D = 1."""
         if not self.spread:
             return None
-        return self._excess[name] if self.stored else self._draw(name, 1)
+        return self._here(name, self._excess) if self.stored else self._draw(name, 1)
 
     def penalty(self) -> Tensor:
         """sum D (theta - theta0)^2 over all parameters, a scalar; the loss gets gamma times it, and the optimiser no decay."""
@@ -151,6 +151,12 @@ class Syre:
                 moved = (weight * (reflected[name].double() - point).square()).sum()
                 total += float(moved - (weight * (p.double() - point).square()).sum())
         return Estimate(gamma * total, refs=("syre R3",))
+
+    def _here(self, name: str, table: dict[str, Tensor]) -> Tensor:
+        """A stored tensor, on the device its parameter has been moved to since."""
+        if table[name].device != self.parameters[name].device:
+            table[name] = table[name].to(self.parameters[name].device)
+        return table[name]
 
     def _summary(self) -> dict[str, Any]:
         sizes = {"smallest": min(self.sigma0.values()), "largest": max(self.sigma0.values())}
@@ -254,7 +260,8 @@ class Pull:
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group, params, names, kind in self._groups():
-            group["syre_step"] += 1
+            if self.every > 1:  # a number that changes would make a compiled step compile again
+                group["syre_step"] += 1
             like = params[0].dtype
             if kind == "l2":
                 rate: Any = (1.0 if group.get("maximize") else -1.0) * group["weight_decay"]
