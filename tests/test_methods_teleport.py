@@ -487,3 +487,21 @@ def test_local_claims_are_left_out_with_the_reason() -> None:
 
 def test_it_is_public() -> None:
     assert public is teleport
+
+
+def test_running_statistics_go_along_with_their_channels() -> None:
+    """A permuted batch-norm net in eval mode is brought back, statistics included; with data the middle is judged on fresh statistics."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).double()
+    model(torch.randn(64, 5, dtype=torch.float64))
+    other, order = copy.deepcopy(model.eval()), torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    with torch.no_grad():
+        for name in ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
+            other.state_dict()[name].copy_(model.state_dict()[name][order])
+        other[3].weight.copy_(model[3].weight[:, order])
+    edit = teleport(other, (X,), to=Agreement(model))
+    assert edit.summary["after"] < 1e-12 and edit.certificate.ok
+    assert torch.equal(edit.edited()[1].running_mean, model[1].running_mean)
+    judged = teleport(other, (X,), to=Agreement(model, loss_fn=F.cross_entropy, data=(X, model(X).argmax(1)), restarts=2))
+    assert judged.certificate.ok and judged.summary["after"] < judged.summary["before"]
+    assert torch.equal(judged.edited()[1].running_mean.sort().values, model[1].running_mean.sort().values)

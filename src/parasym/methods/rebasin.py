@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from parasym.core.errors import InputError
-from parasym.core.functional import functional
+from parasym.core.functional import cast, functional
 from parasym.laws.charges import Charge, charge_of
 from parasym.measure import gradients
 from parasym.methods.balancing import Pairs, balancing, element, imbalance, two_sided
@@ -135,11 +136,30 @@ class Agreement(Objective):
 def midway(problem: Problem, point: Params, target: Params, loss_fn: gradients.LossFn | None, data: Any) -> float:
     """The loss of the mean of two networks, on all batches."""
     mean = {n: (point[n] + target[n]) / 2 for n in problem.params}
-    objective = gradients.Objective(problem.at(mean), loss_fn, dtype=torch.float64)
-    found = list(gradients.batches(data))
+    twin, found = problem.at(mean), list(gradients.batches(data))
+    _fresh_statistics(twin, [b[0] if loss_fn is not None else b for b in found])
+    objective = gradients.Objective(twin, loss_fn, dtype=torch.float64)
     sizes = [gradients.batch_size(b) for b in found]
     with torch.no_grad():
         return sum(n * float(objective(objective.params, b)) for b, n in zip(found, sizes, strict=True)) / sum(sizes)
+
+
+def _fresh_statistics(model: nn.Module, inputs: Sequence[Any]) -> None:
+    """Running statistics of batch norms taken anew: those of either end say nothing about the mean of two networks."""
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats and not m.training]
+    if not norms:
+        return
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+        m.train()
+    view = functional(model)
+    with torch.no_grad():
+        for x in inputs:
+            args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else (tuple(x) if isinstance(x, tuple | list) else (x,), {})
+            view.model(*cast(args, torch.float64), **cast(kwargs, torch.float64))
+    for m in norms:
+        m.eval()
 
 
 def balanced(pairs: Pairs, params: Params, sweeps: int = 10) -> list[Move]:
