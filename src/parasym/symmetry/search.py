@@ -129,7 +129,7 @@ def search(
         here.run()
         kept = [torch.arange(at)]
         for found in here.found[before:]:
-            if _certify_entry(out, found, everything, level, generator, point=True):
+            if _certify_entry(out, here, found, everything, level, generator, point=True):
                 kept.append(torch.arange(at, at + found.new))
             at += found.new
         here.explained = here.explained[:, torch.cat(kept)]  # what was refuted stays open for the blind stage
@@ -178,7 +178,7 @@ def _admit(out: Search, here: Discovery, found: Found, judge: Sampled, level: Le
     before = len(here.found)
     here._keep(found.entry, 0, found.action)
     if len(here.found) > before:
-        if not _certify_entry(out, here.found[-1], judge, level, generator, point):
+        if not _certify_entry(out, here, here.found[-1], judge, level, generator, point):
             here.explained = here.explained[:, : -here.found[-1].new]
         return
     outside = here.tangent_error(found.action)
@@ -192,7 +192,9 @@ def _admit(out: Search, here: Discovery, found: Found, judge: Sampled, level: Le
         )
 
 
-def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, generator: torch.Generator, point: bool) -> bool:
+def _certify_entry(
+    out: Search, here: Discovery, found: Found, judge: Sampled, level: Level, generator: torch.Generator, point: bool
+) -> bool:
     certificate, radius = certify(found.action, judge, out.graph.params, generator), math.inf
     if point and found.entry.algebra not in _GROUPS:
         certificate, radius = certify_local(found.action, judge, out.graph.params, generator)
@@ -200,7 +202,7 @@ def _certify_entry(out: Search, found: Found, judge: Sampled, level: Level, gene
     parameters = tuple(found.action.entries) if hasattr(found.action, "entries") and not entry.terms else entry.parameters
     name = name_of(entry, readers(out.graph))
     if not certificate.accepted:
-        _reject(out, name, parameters, found.new, certificate)
+        _reject(out, name, parameters, found.new, certificate, here.tangent_error(found.action))
         return False
     kind: Kind = "point" if point else _KINDS.get(entry.algebra, "linear")
     out.symmetries.append(
@@ -262,13 +264,14 @@ def _approximate(
             )
 
 
-def _reject(out: Search, name: str, parameters: Sequence[str], dim: int, c: Certificate) -> None:
+def _reject(out: Search, name: str, parameters: Sequence[str], dim: int, c: Certificate, ratio: float) -> None:
     record = {"name": name, "parameters": list(parameters), "dim": dim}
     if c.residual < 1e-3 and c.moved > 1e-3:
         out.approximate.append(
             {
                 **record,
-                "ratio": c.residual,
+                "ratio": ratio,
+                "change": c.residual,
                 "why": "holds to first order and up to a small constant (the eps of a norm) under finite elements",
             }
         )
