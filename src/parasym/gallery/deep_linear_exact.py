@@ -349,7 +349,7 @@ ENTRY = Entry(
     ),
     presets={
         "smoke": Config(
-            minimum=MinimumConfig(restarts=6),
+            minimum=MinimumConfig(nets=MinimumConfig.nets[:2], restarts=4),
             bounds=BoundConfig(problems=100),
             origin=OriginConfig(depths=(1, 2), shares=(0.5,), steps=2500),
             traps=None,

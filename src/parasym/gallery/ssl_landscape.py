@@ -282,9 +282,8 @@ def imbalance(config: ImbalanceConfig) -> Part:
                 spread = np.sqrt([noise, 0.2, 0.2, 0.2])
                 pair = [x + rng.normal(size=x.shape) * spread for _ in range(2)]
                 a, c = view_covariances(*pair)
-                model = SSLQuartic.infonce(0.5 * (a + a.T), c, 4)
-                values, vectors = model._modes
-                found.append(float(values[vectors[0].abs().argmax()]))
+                model = SSLQuartic.infonce(a, c, 4)
+                found.append(float(model.levels[model.directions[0].abs().argmax()]))
             a_true = 9 * share * (1 - share) + 0.05
             theory = a_true / (a_true + noise)
             found_mean[(noise, share)] = sum(found) / len(found)

@@ -57,6 +57,11 @@ class _Embedding(Landscape):
     def _modes(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    @property
+    def directions(self) -> Tensor:
+        """(d0, d0) eigenvectors v_i in columns, in whitened coordinates, in the order of the levels."""
+        return self._modes[1]
+
     def _sorted(self, strengths: Tensor) -> Tensor:
         return strengths.sort(descending=True).values[: min(self.outputs, len(self.sigma))]
 
