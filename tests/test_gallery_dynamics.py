@@ -139,3 +139,33 @@ def test_kernels_of_the_student_are_those_of_autograd() -> None:
     with torch.no_grad():
         net[0].weight.copy_(W), net[2].weight.copy_(a[None])
     assert torch.allclose(_kernel(x, W, a, True), kernel(net, x).matrix, atol=1e-12)
+
+
+def test_upstream_starts_keep_the_function() -> None:
+    from torch import nn
+
+    from parasym.core.errors import InputError
+    from parasym.methods.upstream import upstream
+
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.LeakyReLU(), nn.Linear(5, 2)).double(),
+        torch.randn(9, 4).double(),
+    )
+    before, weights = model(x), [p.detach().clone() for p in model.parameters()]
+    edit = upstream(model, x, 3.0)
+    assert edit.certificate.ok and not edit.applied
+    edit.apply(torch.optim.SGD(model.parameters(), 0.1))
+    ratios = [float((p.detach() / w).mean()) for p, w in zip(model.parameters(), weights, strict=True)]
+    assert ratios == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1 / 9, 9.0, 1.0])
+    assert torch.allclose(model(x), before, atol=1e-13)
+    edit.undo()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    for refused in (
+        nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 2)),
+        nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)),
+    ):
+        with pytest.raises(InputError, match="no rescaling symmetry"):
+            upstream(refused, torch.randn(9, 4), 2.0)
+    with pytest.raises(InputError, match="tau"):
+        upstream(model, x, 0.0)

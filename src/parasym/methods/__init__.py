@@ -15,6 +15,7 @@ from parasym.methods.spred import Certificate, FeatureGate, Product, Spred, solv
 from parasym.methods.state import Moved, Transport, linear_transport, sliced_transport
 from parasym.methods.syre import Pull, Shift, Syre, syre
 from parasym.methods.teleport import teleport
+from parasym.methods.upstream import upstream
 from parasym.methods.width import thin
 
 __all__ = [
@@ -61,4 +62,5 @@ __all__ = [
     "syre",
     "teleport",
     "thin",
+    "upstream",
 ]
