@@ -756,3 +756,19 @@ def test_a_compiled_run_is_not_changed(given: bool, tmp_path: Path) -> None:
     assert difference == ""
     seen = rows(path)
     assert "charge" in seen["kind"] and max(seen["step"]) == 9 and ("sharpness" in seen["kind"]) == given
+
+
+@pytest.mark.slow
+def test_units_that_a_twin_does_not_read_do_not_end_the_search(tmp_path: Path) -> None:
+    """A CNN of which a draw of the twin has vectors nothing reads: the rescalings are found all the same."""
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 1, 28, 28), torch.randint(10, (32,))
+    layers = [nn.Conv2d(1, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with parasym.watch(model, optimizer, F.cross_entropy, batch=(x, y), path=tmp_path / "run.sqlite", measure=("core",)) as watch:
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert watch.found is not None and len(watch.found.charges) == 3
