@@ -317,9 +317,10 @@ def check_scores(scores: Scores, masks: Masks) -> None:
 def _best(scores: Scores, masks: Masks, keep: int) -> dict[str, Tensor]:
     """The ``keep`` largest scores among the weights still there; of equal ones the first."""
     flat = torch.cat([scores[n].reshape(-1).double().masked_fill(~m.reshape(-1), -math.inf) for n, m in masks.items()])
-    order = flat.sort(descending=True, stable=True).indices[: min(keep, sum(int(m.sum()) for m in masks.values()))]
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[order] = True
+    wanted = min(keep, sum(int(m.sum()) for m in masks.values()))
+    least = flat.kthvalue(len(flat) - wanted + 1).values
+    chosen = flat > least
+    chosen[(flat == least).nonzero().flatten()[: wanted - int(chosen.sum())]] = True
     parts = chosen.split([m.numel() for m in masks.values()])
     return {n: part.reshape(m.shape) for (n, m), part in zip(masks.items(), parts, strict=True)}
 
