@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,11 +90,18 @@ class Agreement(Objective):
         start = {**problem.buffers, **problem.params}
         pairs = two_sided(problem.orbit.families) if self.continuous else []
         ours, theirs = balanced(pairs, start), balanced(pairs, target)
-        matcher = Matcher(problem.orbit, apply(theirs, target), self.continuous)
+        weights = {n: target[n] for n in problem.params}  # running statistics go along, and say nothing about who is who
+        gauged = apply(theirs, target)
+        aims: list[tuple[list[Move], Matcher]] = [
+            (ours, Matcher(problem.orbit, {n: gauged[n] for n in weights}, self.continuous)),
+            ([], Matcher(problem.orbit, weights, False)),
+        ]
+        if self.data is not None:
+            aims.append(([], Matcher(replace(problem.orbit, discrete=tuple(_unsigned(problem.orbit))), weights, False)))
         best: tuple[float, list[Move]] = (self._judge(problem, start, target), [])
         for attempt in range(max(1, self.restarts)):
             problem.tell(attempt / self.restarts)
-            for first, aim in ((ours, matcher), ([], Matcher(problem.orbit, target, False))):
+            for first, aim in aims:
                 moves = [*first, *aim.match(apply(first, start), problem.generator)]
                 candidates = [moves]
                 if self.continuous and first:
@@ -171,6 +178,10 @@ def balanced(pairs: Pairs, params: Params, sweeps: int = 10) -> list[Move]:
         step = balancing(pairs, now)
         moves, now = [*moves, *step], apply(step, now)
     return moves
+
+
+def _unsigned(orbit: Orbit) -> list[Symmetry]:
+    return [s for s in orbit.discrete if not isinstance(s.action, Signs)]
 
 
 def _linear(s: Symmetry) -> bool:
