@@ -93,6 +93,7 @@ class Watch:
         self._coarse: float | None = None
         self._warned: set[str] = set()
         self._silent = self._told = False  # watching failed here; on some rank, and all know
+        self._line_search = isinstance(optimizer, torch.optim.LBFGS)
         self._inner = functional(model, values=False).model
         self._params = _live(self._inner)
         self._trained = [p for g in optimizer.param_groups for p in g["params"]]
@@ -132,7 +133,7 @@ class Watch:
         if path is None or isinstance(path, Record):
             return path
         if resume:
-            return Record.resume(path, step)
+            return Record.resume(path, step or None)  # without a step, what is loaded or written next says where it goes on
         return Record.create(path, {**self._facts(), **dict(meta or {})})
 
     def _facts(self) -> dict[str, Any]:
@@ -214,15 +215,24 @@ class Watch:
     def _pre(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.closed or self._gone:
             return None
-        answer = None
+        self._due = ()
+        closure = next((a for a in (*args, *kwargs.values()) if callable(a) and not isinstance(a, torch.optim.Optimizer)), None)
+        if closure is None or self._line_search:
+            self._enter(closure is not None)
+        if closure is None or (self._line_search and "core" not in self._due):
+            return None
+        called = self._counting(closure)
+        return tuple(called if a is closure else a for a in args), {k: called if v is closure else v for k, v in kwargs.items()}
+
+    def _enter(self, late: bool = False) -> None:
+        """Count the step and read the state before it; ``late``: its gradients come from calls of a closure inside the step."""
         with self.budget.hook(), self._safely("before the step"), torch.no_grad():
-            self._due = ()
             if self._is_skipped():
-                return None
+                return
             self.step += 1
             self._due = tuple(n for n, m in self.budget.meters.items() if m.active and m.next <= self.step)
             if self._idle or self._silent:
-                return None
+                return
             if self._pairs.waiting:
                 with self.budget.measuring("noise"):
                     self._rows += self._pairs.compare(self._trained, self._unit())
@@ -231,13 +241,9 @@ class Watch:
             if not self._due:
                 if self._books is not None:
                     self._books.skip()
-                return None
-            closure = next((a for a in (*args, *kwargs.values()) if callable(a) and not isinstance(a, torch.optim.Optimizer)), None)
+                return
             with rng_state():
-                self._before(closure is not None)
-            if closure is not None and "core" in self._due:
-                answer = self._counting(closure, args, kwargs)
-        return answer
+                self._before(late)
 
     def _before(self, late: bool) -> None:
         """The first half of what is due, before the step; ``late``: its gradient comes from a closure inside the step."""
@@ -257,16 +263,31 @@ class Watch:
                 else:
                     self._pairs.keep(self._trained, self._unit())
 
-    def _counting(self, closure: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same arguments, with a closure whose first loss is kept."""
+    def _counting(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, its first loss kept. An optimiser that calls it once does so before it moves a weight: after that first call
+        weights and gradients are those of the step. One that calls it again is known as such from then on."""
+        calls = 0
 
-        def first() -> Any:
+        def called() -> Any:
+            nonlocal calls
             loss = closure()
-            if "loss" not in self._loss and isinstance(loss, Tensor | float):
+            calls += 1
+            if calls == 1 and "loss" not in self._loss and isinstance(loss, Tensor | float):
                 self.log(loss=loss)
+            if self.closed or self._gone or self._line_search:
+                return loss
+            if calls == 1:
+                self._enter()
+            else:
+                self._line_search = True
+                with self._safely("a second call of the closure"):
+                    if "core" in self._due and self._books is not None:
+                        self._books.skip()
+                    self._due = ()
+                    self._pairs.drop()
             return loss
 
-        return tuple(first if a is closure else a for a in args), {k: first if v is closure else v for k, v in kwargs.items()}
+        return called
 
     def _is_skipped(self) -> bool:
         """A fused optimiser under a loss scaler is called for steps it will not take."""

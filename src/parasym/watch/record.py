@@ -224,6 +224,7 @@ class Record:
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._first_known = False
+        self._wrote = False
 
     # -- opening -------------------------------------------------------------------------------------------------------------------
 
@@ -238,7 +239,7 @@ class Record:
         Raises:
             RecordError: something is there already, or the file cannot be written.
         """
-        path = _file(path)
+        path = record_file(path)
         if path.exists():
             raise RecordError(f"{path} exists already: resume it (Record.resume), or give another path.")
         try:
@@ -381,14 +382,19 @@ class Record:
             _put_meta(connection, meta)
 
     def rewind(self, step: int) -> None:
-        """Say that training went back to the state after ``step``: what the record holds beyond it is superseded.
+        """Say that training goes on from the state after ``step``: what the record holds beyond it is superseded.
 
-        For a checkpoint loaded while the record is open already; starts a new segment. Errors as in `write`.
+        For a checkpoint loaded while the record is open already; starts a new segment if this one holds rows. Errors as in `write`.
         """
         with self._transaction(None) as connection:
-            connection.execute("UPDATE segments SET ended = ?, outcome = 'rewound' WHERE id = ?", (clock.time(), self._segment))
-            segment = _new_segment(connection, step + 1)
-        self._segment, self._first_known = segment, True
+            assert self._segment is not None
+            segment = self._segment
+            if self._wrote:
+                connection.execute("UPDATE segments SET ended = ?, outcome = 'rewound' WHERE id = ?", (clock.time(), segment))
+                segment = _new_segment(connection, step + 1)
+            else:
+                _cover(connection, segment, step + 1)
+        self._segment, self._first_known, self._wrote = segment, True, False
 
     @contextlib.contextmanager
     def _transaction(self, step: int | None) -> Iterator[sqlite3.Connection]:
@@ -412,7 +418,8 @@ class Record:
                 if connection.in_transaction:  # SQLite has already rolled back by itself when the disk is full
                     connection.execute("ROLLBACK")
                 raise
-            self._first_known = self._first_known or step is not None
+            if step is not None:
+                self._first_known = self._wrote = True
 
     def _series_id(self, connection: sqlite3.Connection, row: Row, fresh: dict[tuple[str, str, str], int]) -> int:
         key = (row.name, row.where, row.kind)
@@ -590,13 +597,14 @@ def _array(column: Sequence[float | str | None]) -> np.ndarray:
     return np.array([math.nan if x is None else float(x) for x in column])
 
 
-def _file(path: str | os.PathLike[str]) -> Path:
+def record_file(path: str | os.PathLike[str]) -> Path:
+    """The record's file: the path itself, or ``watch.sqlite`` in it where it is a folder."""
     path = Path(path)
     return path / FILE_NAME if path.is_dir() else path
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
-    path = _file(path)
+    path = record_file(path)
     if not path.is_file():
         raise RecordError(f"There is no record at {path}. Give the file a watched run writes, or the folder that holds its {FILE_NAME}.")
     return path
