@@ -305,13 +305,13 @@ def test_accelerate_is_not_changed_and_resumes(tmp_path: Path) -> None:
     plain = accelerated(tmp_path / "a", False)
     assert same(plain, accelerated(tmp_path / "b", True, save_at=4)) == ""
     path = tmp_path / "b" / record_room.FILE_NAME
-    whole = series(path, "first", "")
+    whole = series(path, "first", "0")
     np.testing.assert_array_equal(whole.step, range(1, 9))
     np.testing.assert_allclose(whole.predicted, whole.value, rtol=0, atol=1e-5)
     assert set(whole.status) == {"ok"} and abs(whole.value[-1] - whole.value[0]) > 1e-3
     resumed = accelerated(tmp_path / "b", True, start=str(tmp_path / "b" / "kept"))
     assert same(plain, resumed) == ""  # weights, momentum and random states of the run that was never interrupted
-    again = series(path, "first", "")
+    again = series(path, "first", "0")
     np.testing.assert_array_equal(again.step, whole.step)
     np.testing.assert_array_equal(again.value, whole.value)
     np.testing.assert_allclose(again.predicted, whole.predicted, rtol=0, atol=1e-7)
