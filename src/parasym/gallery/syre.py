@@ -203,7 +203,7 @@ def trap(config: TrapConfig) -> Part:
     zero_loss = y.square().mean(-1)
     none, _, kept, _ = descend(config, None)
     last = config.sigmas[-1]
-    runs = {s: descend(config, s, steps=config.steps if s == last else config.steps // 2) for s in config.sigmas}
+    runs = {s: descend(config, s, steps=config.steps if s == last else config.steps // 3) for s in config.sigmas}
     random = descend(config, last, metric="random")
     shift_only, _, still, _ = descend(config, last, gamma=0.0, steps=200)
     rank = {name: (torch.linalg.svdvals(model.w.detach()) > 1e-3).sum(-1) for name, model in (("decay", none), ("syre", runs[last][0]))}
@@ -568,7 +568,7 @@ class OthersConfig:
     samples: int = 100
     gamma: float = 0.02
     eta: float = 0.05
-    steps: int = 3000
+    steps: int = 2000
     sigma0: float = 0.05
     share: float = 0.3
     frozen_size: float = 0.5
