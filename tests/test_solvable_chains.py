@@ -144,7 +144,7 @@ def test_a_rank_one_target_is_the_edge_case_of_the_iff() -> None:
         half = float((c @ X @ c).sqrt()) * sigma * float(X.trace()) ** 0.5
         assert chain.sharpness() == pytest.approx(2 * half * ((te / al) ** 0.5 + 3 * (al / te) ** 0.5), rel=1e-11)
         assert chain.flattest_sharpness() == pytest.approx(4 * 3**0.5 * half, rel=1e-11)
-    q = torch.nn.functional.normalize(normal(g, 3) - (normal(g, 3) @ p) * 0, dim=0)
+    q = normal(g, 3)
     q = torch.nn.functional.normalize(q - (q @ p) * p, dim=0)
     r = torch.linalg.cross(p, q)
     noise = torch.outer(p, p) + 1.5 * torch.outer(q, q) + 0.5 * torch.outer(r, r)  # anisotropic, with p.Sigma p = te / d_y

@@ -538,8 +538,9 @@ def network(config: NetworkConfig) -> Part:
     X, y = split.x.double(), split.y
     z, first, last, layers, shares = [], [], [], [], []
     for seed in config.seeds:
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).double()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).double()
         optimizer, g = torch.optim.SGD(model.parameters(), config.eta), torch.Generator().manual_seed(seed)
         row, sizes = [], []
         for k in range(config.steps + 1):

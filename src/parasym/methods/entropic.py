@@ -6,7 +6,9 @@ behave, to leading order, like one of rate eta + coef; coef = -eta takes the ent
 
 from __future__ import annotations
 
+import math as mathematics
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ class EntropicRegularizer:
     """
 
     def __init__(self, coef: float, parameters: Iterable[Tensor]) -> None:
-        if coef != coef or coef in (float("inf"), float("-inf")):
+        if not mathematics.isfinite(coef):
             raise InputError(f"coef must be a finite number, got {coef}.")
         self.coef, self.parameters = float(coef), [p for p in parameters if p.requires_grad]
         if not self.parameters:
@@ -41,7 +43,7 @@ class EntropicRegularizer:
         self.value = 0.0
 
     @staticmethod
-    def math() -> object:
+    def math() -> AbstractContextManager[None]:
         """A context for the forward and backward pass of models with fused attention, which has no second derivative."""
         return math_attention()
 
@@ -49,7 +51,7 @@ class EntropicRegularizer:
         """The loss with its entropic term; ``value`` keeps the last term.
 
         Raises:
-            InputError: the loss is not one number, or its graph holds an operator without a second derivative.
+            InputError: the loss is not one number, or depends on none of the parameters.
         """
         if loss.numel() != 1:
             raise InputError(f"The loss must be one number, got shape {tuple(loss.shape)}.")
@@ -58,9 +60,6 @@ class EntropicRegularizer:
         if not seen:
             raise InputError("The loss does not depend on any of the parameters.")
         square = torch.stack([g.square().sum() for g in seen]).sum()
-        if not square.requires_grad and any(p.numel() for p in self.parameters):
-            self.value = self.coef / 4 * float(square)
-            return loss + self.coef / 4 * square  # linear in the parameters: the term is constant
         self.value = self.coef / 4 * float(square.detach())
         return loss + self.coef / 4 * square
 
