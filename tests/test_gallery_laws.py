@@ -21,7 +21,7 @@ from parasym.gallery import (
 )
 from parasym.gallery.contract import Entry, Result
 from parasym.gallery.runner import run_entry, seeds_of
-from parasym.laws import balance
+from parasym.solvable import balance
 from parasym.solvable import edln
 from parasym.solvable.chains import Chain
 

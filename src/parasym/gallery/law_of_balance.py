@@ -16,7 +16,7 @@ from torch import Tensor
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
 from parasym.gallery.drawings import curves
 from parasym.gallery.ensemble import Ensemble, slope
-from parasym.laws.balance import Moments, density, mean_and_variance, mode, quantile, sparsity_transition
+from parasym.solvable.balance import Moments, density, mean_and_variance, mode, quantile, sparsity_transition
 
 SLUG = "law-of-balance"
 

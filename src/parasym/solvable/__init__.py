@@ -3,13 +3,14 @@
 A model (`parasym.solvable.models`) is a frozen description; `predict`, `simulate` and `compare` give a `Prediction`, a
 `Measurement` and the `Comparison` in which they meet. A `Landscape` (`linear_nets`, `latent`, `autoencoder`, `joint_embedding`) adds
 exact loss, weights, invariants and the global minimum; `engines` is what the models are minimised and followed with. The closed forms
-are plain functions in `factors`, `stationary`, `regression`, `langevin`, `escape`, `adaptive`, `chains` and `scale`.
+are plain functions in `balance`, `factors`, `stationary`, `regression`, `langevin`, `escape`, `adaptive`, `chains` and `scale`.
 """
 
 from parasym.solvable.autoencoder import RegularizedLAE
 from parasym.solvable.balanced_net import LambdaBalancedNet
 from parasym.solvable.barlow import LinearBarlowTwins
 from parasym.solvable.contract import Comparison, Measurement, Model, NotSolvable, Prediction, Row, beside
+from parasym.solvable.diagonal import DiagonalLinear
 from parasym.solvable.edln import EDLN, LinearRegressionNetwork
 from parasym.solvable.factors import Discrete, Normal, Uniform
 from parasym.solvable.joint_embedding import GaussianInfoNCE, SSLQuartic
@@ -38,6 +39,7 @@ __all__ = [
     "DataRegression",
     "DeepLinear",
     "DeepLinearMulti",
+    "DiagonalLinear",
     "Discrete",
     "GaussianInfoNCE",
     "LabelNoiseRegression",
