@@ -209,7 +209,9 @@ def papers(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     entry = types.SimpleNamespace(slug="spred", title="spred", paper="Ziyin 2023", claims=("redundant parameters are L1",))
     fakes: dict[str, Any] = {
         "entries": lambda: {"spred": entry},
-        "run": lambda slug, preset: FakeResult(slug, preset, (FakeCheck(), FakeCheck(claim="fails at full", passed=preset != "full"))),
+        "run": lambda slug, preset, store=None, jobs=1: FakeResult(
+            slug, preset, (FakeCheck(), FakeCheck(claim="fails at full", passed=preset != "full"))
+        ),
         "report": lambda outdir, results: Path(outdir) / "index.html",
     }
     vars(module).update(fakes)
