@@ -64,7 +64,6 @@ bench: $(STAMP) demo/data/.fetched  ## growth of the audit, streaming, 1,000 ran
 	OMP_NUM_THREADS=1 $(BIN)/python bench/snake.py --compile
 	OMP_NUM_THREADS=1 $(BIN)/python bench/curvature.py
 	OMP_NUM_THREADS=1 $(BIN)/python bench/per_sample.py
-	OMP_NUM_THREADS=1 $(BIN)/python bench/watch.py
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python bench/watch.py
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python bench/teleport.py --data demo/data --quick
 

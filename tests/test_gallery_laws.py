@@ -21,8 +21,7 @@ from parasym.gallery import (
 )
 from parasym.gallery.contract import Entry, Result
 from parasym.gallery.runner import run_entry, seeds_of
-from parasym.solvable import balance
-from parasym.solvable import edln
+from parasym.solvable import balance, edln
 from parasym.solvable.chains import Chain
 
 ENTRIES: dict[str, Entry] = {

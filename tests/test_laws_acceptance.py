@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from parasym.core.errors import InputError
 from parasym.gallery import law_of_balance, neural_thermodynamics, noise_equilibrium
 from parasym.gallery.digits import digits
-from parasym.solvable.balance import log_density, reduced_sde, sparsity_transition
 from parasym.laws.charges import Charge, charges, rescale, scale, translation
 from parasym.laws.drift import charge_moments, expected_change
 from parasym.laws.equilibrium import noise_equilibrium as balanced_point
@@ -23,6 +22,7 @@ from parasym.laws.ledger import Ledger
 from parasym.laws.predict import predict
 from parasym.measure.gradients import Objective
 from parasym.simulate import SGD, Ensemble, Snapshots, descent, dot, log
+from parasym.solvable.balance import log_density, reduced_sde, sparsity_transition
 
 CE = nn.functional.cross_entropy
 
