@@ -385,3 +385,21 @@ def test_a_row_that_no_input_reads_is_written_at_full_size() -> None:
     mixed = (torch.arange(35).reshape(7, 5) % 2 == 0).long()  # and where the full model's inputs read it, it is not free
     found, _ = at_full_size(model, {"input_ids": tokens, "token_type_ids": mixed})
     assert not any(s.parameters == row.parameters and s.group == "R^12" for s in found.symmetries)
+
+
+@pytest.mark.parametrize("widths", [(64, 64, 64, 64, 10), (40, 40, 40, 40, 40, 40)], ids=["a head of its own", "all alike"])
+def test_equal_layers_have_each_family_once_and_every_exchange(widths: tuple[int, ...]) -> None:
+    """Neighbours of equal width: no family is written twice, and the units between two layers that the twin merges are exchanged too."""
+    parts: list[nn.Module] = []
+    for a, b in itertools.pairwise(widths):
+        parts += [nn.Linear(a, b), nn.ReLU()]
+    model = generic(nn.Sequential(*parts[:-1]))
+    graph = trace(model, (torch.randn(8, widths[0]),))
+    batches = [flatten(graph, (torch.randn(8, widths[0]),))]
+    found = audit_full_size(
+        model, (torch.randn(8, widths[0]),), None, graph, batches, torch.Generator().manual_seed(0), lambda stage, share: None
+    )
+    hidden = [(f"{2 * k}.weight", f"{2 * k}.bias", f"{2 * k + 2}.weight") for k in range(len(widths) - 2)]
+    assert sorted(s.parameters for s in found.symmetries if s.dim) == sorted(hidden)
+    assert sorted(s.parameters for s in found.symmetries if s.kind == "discrete") == sorted(hidden)
+    assert sum(s.dim for s in found.symmetries) == sum(widths[1:-1])

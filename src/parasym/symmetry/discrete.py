@@ -389,5 +389,3 @@ def _partial(graph: Graph, spaces: Spaces, c: Candidate, judge: Judge) -> list[S
             name = f"exchange of {action.units.size} units with {module} left in place: {summary(part.tensors)}"
             out.append(as_symmetry(graph, Candidate(name, c.group, part, equal_units(part), c.note), verdict.error))
     return out
-
-

@@ -32,7 +32,7 @@ from parasym.symmetry.spaces import Spaces, find_spaces
 from parasym.symmetry.symmetry import Classified, Level, Symmetry, SymmetrySet
 from parasym.symmetry.tangent import NullSpace, flat_of
 from parasym.symmetry.twin import Twin, find_twin, spelled_out
-from parasym.symmetry.write import Writer, WritingError, action_of
+from parasym.symmetry.write import Writer, WritingError, action_of, base_of
 
 EXACT_PARAMETERS = 1500  # up to here a model is searched itself, beyond it its twin
 _DRAWS = 4
@@ -229,6 +229,7 @@ def _written(
     before = judge.outputs(graph.params) if judge else None
     near = readers(spaces.graph)
     symmetries: list[Symmetry] = []
+    known: set[Any] = set()
     for k, (s, entry) in enumerate(zip(found.symmetries, found.entries, strict=True)):
         tell("writing", k / max(1, len(found.symmetries)))
         if entry is None and (rows := _unread(s, twin, graph)):
@@ -253,6 +254,10 @@ def _written(
             entries = writer.write(entry)
         except WritingError as error:
             out.undecided.append({"name": s.name, "why": f"not written at full size: {error}", "parameters": [], "dim": s.dim})
+            continue
+        # between equal layers one family of the twin may be written where another has been already
+        entries = [e for e in entries if (key := _same(e)) not in known and not known.add(key)]  # type: ignore[func-returns-value]
+        if not entries:
             continue
         actions = [action_of(e, graph.params) for e in entries]
         if judge is None or before is None:
@@ -293,6 +298,12 @@ def _written(
             out.entries.append(e)
     out.symmetries = symmetries
     return symmetries
+
+
+def _same(entry: Entry) -> Any:
+    """Equal for two entries that act alike: the same terms on the same places, up to a common factor."""
+    terms = sorted(((t.place.parameter, t.place.axis, t.place.branch, t.op), w) for w, t in entry.terms)
+    return entry.algebra, entry.space, entry.copies, tuple((place, round(w / terms[0][1], 9)) for place, w in terms)
 
 
 def _unread(s: Symmetry, twin: Twin, graph: Graph) -> list[EntriesAction]:
@@ -418,10 +429,19 @@ def _discrete(
     """The full model's candidates whose counterpart on the twin is certified; all copies of one are tested at once."""
     certified = {_signature(s.action.key(), {}, twin.graph): s for s in found if hasattr(s.action, "key")}
     groups: dict[Any, list[Candidate]] = {}
+    kinds = {f: base_of(f, twin.layer_of(f)) for f in graph.params}
+    small_kinds = {t: kinds[f] for f, t in reversed(twin.names.items()) if f in kinds}
+    alike = {_signature(s.action.key(), small_kinds, twin.graph): s for s in certified.values()}  # type: ignore[attr-defined]
     for c in discrete_candidates(out.spaces.graph):
         for option in (c, c.fallback):
-            if option is not None and (signature := _signature(option.key, twin.names, graph)) in certified:
+            if option is None:
+                continue
+            if (signature := _signature(option.key, twin.names, graph)) in certified:
                 groups.setdefault(signature, []).append(option)
+                break
+            if (kind := _signature(option.key, kinds, graph)) in alike:  # between layers that the twin has one of: tested by itself
+                groups[kind, option.name] = [option]
+                certified[kind, option.name] = alike[kind]
                 break
     before = Sampled.of(graph, batches[:1]).outputs(graph.params) if batches else None
     small = {**twin.graph.buffers, **twin.graph.params}

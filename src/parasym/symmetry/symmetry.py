@@ -118,9 +118,17 @@ class Symmetry:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description, without the functions."""
         return {
-            "name": self.name, "group": self.group, "dim": self.dim, "order": self.order, "kind": self.kind,
-            "parameters": list(self.parameters), "level": self.level, "residual": self.residual,
-            "certified": self.certified, "where": self.where, "note": self.note,
+            "name": self.name,
+            "group": self.group,
+            "dim": self.dim,
+            "order": self.order,
+            "kind": self.kind,
+            "parameters": list(self.parameters),
+            "level": self.level,
+            "residual": self.residual,
+            "certified": self.certified,
+            "where": self.where,
+            "note": self.note,
             "fixed_set": self.fixed_set.description if self.fixed_set else None,
             "radius": self.radius if math.isfinite(self.radius) else None,
         }

@@ -42,7 +42,7 @@ class Writer:
         for f, t in names.items():
             if f in full.graph.params:
                 self.preimages.setdefault(t, []).append(f)
-        self.by_base = {(_base(f, layer_of(f)), layer_of(f)): f for f in full.graph.params}
+        self.by_base = {(base_of(f, layer_of(f)), layer_of(f)): f for f in full.graph.params}
         self.readers = {(r.weight, r.in_axis): r for r in readers(full.graph)}
         self.frozen = {f.offset: f for f in frozen_norms(full.graph)}
 
@@ -59,7 +59,7 @@ class Writer:
             raise WritingError(f"{missing[0]} of the twin has no counterpart in the full model")
         by_layer: dict[Layer, set[str]] = {}
         for p in involved:
-            by_layer.setdefault(self._twin_layer(p), set()).add(_base(p, self._twin_layer(p)))
+            by_layer.setdefault(self._twin_layer(p), set()).add(base_of(p, self._twin_layer(p)))
         inner = sorted(layer for layer in by_layer if layer)
         if all(len(self.preimages[p]) == 1 for p in involved):
             return [self._entry(entry, {p: self.preimages[p] for p in involved})]
@@ -106,7 +106,7 @@ class Writer:
         return frozenset((base(p.tensor), p.axis, p.slot) for p in spaces.atoms[atom].places if p.tensor in spaces.graph.params)
 
     def _full_base(self, name: str) -> str:
-        return _base(name, self.layer_of(name))
+        return base_of(name, self.layer_of(name))
 
     def _twin_base(self, name: str) -> str:
         return self._full_base(self.preimages[name][0]) if name in self.preimages else name
@@ -124,7 +124,7 @@ class Writer:
         """The counterpart of a twin parameter in one layer of the full model (itself, where it lies in none)."""
         if self._twin_layer(p) == ():
             return self.preimages[p]
-        found = self.by_base.get((_base(self.preimages[p][0], self.layer_of(self.preimages[p][0])), layer))
+        found = self.by_base.get((base_of(self.preimages[p][0], self.layer_of(self.preimages[p][0])), layer))
         if found is None:
             raise WritingError(f"{p} of the twin has no counterpart in layer {layer}")
         return [found]
@@ -252,7 +252,7 @@ def _involved(entry: Entry) -> list[str]:
     return list(names)
 
 
-def _base(name: str, layer: Layer) -> str:
+def base_of(name: str, layer: Layer) -> str:
     """A name with its layer numbers left open."""
     left = list(layer)
     parts = []
