@@ -325,13 +325,14 @@ class Watch:
         """Find what there is to watch, once."""
         call = self._given or self._captured
         charges: Sequence[Charge] = self._charges or ()
+        wanted = self._charges is None and self.budget.meters["core"].active
         with self.budget.setting_up("finding symmetries"):
             if call is None and self._charges is None:
                 self._tell(
                     "info", "", "no batch was seen before the first step, so there is nothing to find symmetries with: the model is "
                     "compiled, or called under another name", "give args= (an example batch), or watch the module that is called", "charge",
                 )  # fmt: skip
-            elif call is not None and any(self.budget.meters[n].active for n in ("core", "collapse")):
+            elif call is not None and (wanted or self.budget.meters["collapse"].active):
                 self.found = self._search(call)
                 if self.found is not None and self._charges is None:
                     charges = self.found.charges
