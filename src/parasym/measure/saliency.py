@@ -281,8 +281,12 @@ class Flow:
         by_name = {n.name: n for n in self.graph.nodes}
         return [by_name[i] for i in self.graph.inputs]
 
-    def total(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """R: the sum of all outputs, for absolute weights (parameters left out: the model's own)."""
+    def total(self, weights: Mapping[str, Tensor], reach: bool = False) -> Tensor:
+        """R: the sum of all outputs, for absolute weights (parameters left out: the model's own).
+
+        With ``reach`` every activation becomes one where anything arrives, zero elsewhere: the number of outputs that an input reaches,
+        without the overflow that counting all paths of a deep network would bring.
+        """
         live: dict[str, Any] = dict(self.still)
         for holder, name in self.graph.holders.items():
             live[holder] = weights[name] if name in weights else self.graph.params[name].abs()
@@ -290,6 +294,8 @@ class Flow:
             if n.name not in live:
                 kind = self.graph.kind.get(n.name)
                 live[n.name] = self.graph._evaluate(n, live) if kind != "active" else self._pass(n, live)
+                if reach and kind == "active" and _floats(live[n.name]):
+                    live[n.name] = (live[n.name] > 0).to(live[n.name].dtype)
         return torch.stack([live[o].sum() for o in self.graph.outputs]).sum()
 
     def scores(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:

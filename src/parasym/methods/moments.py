@@ -253,14 +253,20 @@ def compress_dataset(
     """A weighted subset of a data set on which every smooth loss takes nearly the same value, for all parameters.
 
     Args:
-        x: (n, ...) inputs; y: (n,) or (n, ...) targets. An object is (x, y) flattened; classes (integers) are compressed one by one.
+        x: (n, ...) inputs; y: (n,) or (n, ...) targets. An object is (x, y) flattened; classes (integers; equal rows of them, where y
+            has more axes) are compressed one by one.
             High-dimensional inputs must be reduced first: C(m + k, k) objects are kept.
         order, cells, seed, progress: as in :func:`compress_objects`.
 
+    Raises:
+        InputError: no points, targets for other points or complex ones.
+
     Source: universal-compression R7.
     """
-    if len(x) != len(y):
-        raise InputError(f"{len(x)} inputs for {len(y)} targets.")
+    if x.dim() < 1 or y.dim() < 1 or len(x) != len(y) or not len(x):
+        raise InputError(f"inputs {tuple(x.shape)} and targets {tuple(y.shape)}: give one target, along the first axis, for each input.")
+    if y.is_complex():
+        raise InputError("complex targets: give their real and imaginary parts as two columns.")
     flat = x.reshape(len(x), -1).double()
     if y.is_floating_point():
         objects = compress_objects(
@@ -268,8 +274,9 @@ def compress_dataset(
         )
         return WeightedDataset(x[objects.index], y[objects.index], objects.weights, objects)
     kept, mass, worst, bound, used = [], [], 0.0, 0, 0
-    for label in y.unique():
-        at = (y == label).nonzero().flatten()
+    _, labels = y.reshape(len(y), -1).unique(dim=0, return_inverse=True)  # (n,), also where the targets are (n, 1) or rows of integers
+    for label in labels.unique():
+        at = (labels == label).nonzero().flatten()
         part = compress_objects(flat[at], order=order, cells=min(cells, len(at)), seed=seed, progress=progress)
         kept.append(at[part.index])
         mass.append(part.weights)

@@ -143,7 +143,8 @@ class Pruner:
     def connected(self, masks: Masks) -> bool:
         """Whether a path of kept weights still leads from the input to an output."""
         ones = {n: m.to(torch.float64) for n, m in masks.items()}
-        return Flow(self.graph).scores(ones)[1] > 0
+        with torch.no_grad():
+            return bool(Flow(self.graph).total(ones, reach=True) > 0)
 
 
 def prune(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from parasym.core.errors import InputError
 from parasym.core.guards import rng_state
+from parasym.core.results import Estimate
 from parasym.measure.judge import Runner
 from parasym.methods.compress import BAR, Subject, certificate_of
 from parasym.methods.edit import Edit
@@ -59,7 +60,6 @@ def revive(
     strange = [k for k in kinds if k not in _KINDS]
     if strange or not kinds:
         raise InputError(f"kinds {list(kinds)!r}: give some of {', '.join(_KINDS)}.")
-    generator = torch.Generator().manual_seed(seed)
     with rng_state(), torch.no_grad():
         subject = Subject.of(model, args, kwargs, inputs, seed, "revive")
         graph, runner = subject.graph, Runner(subject.graph)
@@ -69,18 +69,22 @@ def revive(
         judge = subject.judge(trust_inputs)
         plan = []
         for u, f in zip(free, features, strict=True):
-            found = relations(u, f, graph.params)
-            found = exact(u, found.only([j for j, k in found.kind.items() if k in kinds]), judge, BAR)
-            if found.parts and len(found.parts) < u.size:
-                plan.append((u, found))
-        changed: dict[str, Tensor] = {}
-        for u, r in plan:
-            changed = without(u, r, graph.params, changed)
-        after = _reborn(subject, runner, plan, changed, generator, seen)
-        alive = _alive(subject, runner, plan, after, seen)
-        names = buffer_names(subject.view, graph)
-        renamed = {names.get(n, n): v for n, v in after.items()}
-        certificate = certificate_of(subject.view, renamed, {}, subject.cases(trust_inputs))
+            seen_in = relations(u, f, graph.params)
+            seen_in = exact(u, seen_in.only([j for j, k in seen_in.kind.items() if k in kinds]), judge, BAR)
+            if seen_in.parts and len(seen_in.parts) < u.size:
+                plan.append((u, seen_in))
+        renamed, alive, certificate = _tried(subject, runner, plan, seed, seen, trust_inputs)
+        spoiled: list[tuple[Units, str]] = []
+        if not certificate.ok:  # leave out, by name, the layers whose reset shows (a norm in train mode hides what its running statistics do not)
+            good: list[tuple[Units, Relations]] = []
+            for u, r in plan:
+                found = _tried(subject, runner, [*good, (u, r)], seed, seen, trust_inputs)[2]
+                if found.ok:
+                    good.append((u, r))
+                else:
+                    spoiled.append((u, found.note))
+            plan = good
+            renamed, alive, certificate = _tried(subject, runner, plan, seed, seen, trust_inputs)
     rows = [
         {"where": u.where, "kind": kind, "units": units, "count": len(units), "of": u.size}
         for u, r in plan
@@ -88,8 +92,25 @@ def revive(
         if (units := sorted(j for j, k in r.kind.items() if k == kind))
     ]
     left = [{"where": u.where, "why": u.why or f"{_frozen(subject, u)} is frozen"} for u in subject.units if u.why or _frozen(subject, u)]
+    left += [{"where": u.where, "why": why} for u, why in spoiled]
     summary = {"revived": rows, "units": sum(len(r.parts) for _, r in plan), "alive": sum(len(a) for a in alive), "left": left}
     return Edit("revive", model, renamed, certificate, _transport(subject, plan), summary=summary)
+
+
+def _tried(
+    subject: Subject, runner: Runner, plan: Sequence[tuple[Units, Relations]], seed: int, seen: Sequence[Any], trust_inputs: bool
+) -> tuple[dict[str, Tensor], list[set[int]], Estimate]:
+    """New tensors, which of the reset units vary now, and what the reset does to the outputs."""
+    changed: dict[str, Tensor] = {}
+    for u, r in plan:
+        changed = without(u, r, subject.graph.params, changed)
+    after = _reborn(subject, runner, plan, changed, torch.Generator().manual_seed(seed), seen)
+    names = buffer_names(subject.view, subject.graph)
+    renamed = {names.get(n, n): v for n, v in after.items()}
+    state = subject.generator.get_state()
+    certificate = certificate_of(subject.view, renamed, {}, subject.cases(trust_inputs))
+    subject.generator.set_state(state)  # every try is certified on the same draws
+    return renamed, _alive(subject, runner, plan, after, seen), certificate
 
 
 def _frozen(subject: Subject, u: Units) -> str | None:

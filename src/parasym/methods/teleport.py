@@ -21,7 +21,7 @@ from parasym.core.graph import batch_statistics, trace
 from parasym.core.guards import rng_state
 from parasym.core.results import Estimate
 from parasym.core.samples import flatten
-from parasym.methods.edit import Edit, output_change
+from parasym.methods.edit import Edit, batch_norms, evaluating, output_change
 from parasym.methods.masks import refuse_parametrized
 from parasym.methods.objectives import Balance, Function, Int8, MinimumNorm, Objective, Problem, Solution
 from parasym.methods.orbit import Move, Tell, apply, orbit_of, transport_of
@@ -103,6 +103,7 @@ def teleport(
         )  # fmt: skip
         tell(objective.name, 0.0)
         start = {**buffers, **params}
+        _leave_out_batch_only(problem, start)
         solution, end, exact = _solved(problem, objective, start, symmetries is not None)
         moves, status, note = solution.moves, solution.status, solution.note
         before, after = objective.value(problem, params), objective.value(problem, end)
@@ -182,6 +183,31 @@ def _solved(problem: Problem, objective: Objective, start: Params, given: bool) 
     if not exact <= _WRONG:
         _blame(problem, solution.moves, start, exact, given)
     return solution, end, exact
+
+
+def _leave_out_batch_only(problem: Problem, start: Params) -> None:
+    """Leave out what holds only under the statistics of a batch: with running ones, in eval mode, the outputs would change."""
+    if not batch_norms(problem.f.model):
+        return
+    names: set[int] = set()
+    stream = torch.Generator().manual_seed(0)
+    with evaluating(problem.f.model):
+        for s in (*problem.orbit.families, *problem.orbit.discrete):
+            try:
+                change = _change(problem, Move(s.name, s.action, s.random_element(stream, 0.3)).act(start))
+            except (RuntimeError, IndexError, ValueError, TypeError):
+                change = float("inf")
+            if not change <= _WRONG:
+                names.add(id(s))
+    why = "holds in train mode only: running statistics would not follow, and eval-mode outputs would change; teleport in eval mode"
+    every = (*problem.orbit.families, *problem.orbit.discrete)
+    orbit = problem.orbit
+    problem.orbit = dataclasses.replace(
+        orbit,
+        families=tuple(s for s in orbit.families if id(s) not in names),
+        discrete=tuple(s for s in orbit.discrete if id(s) not in names),
+        left_out=(*orbit.left_out, *((s.name, why) for s in every if id(s) in names)),
+    )
 
 
 def _leave_out(problem: Problem, families: Sequence[Symmetry]) -> None:

@@ -1,0 +1,88 @@
+"""Defects that were found and mended: each test failed before."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from parasym.core.errors import InputError
+from parasym.methods.compress import compress
+from parasym.methods.moments import compress_dataset
+from parasym.methods.prune import Pruner, prune
+from parasym.methods.revive import revive
+from parasym.methods.teleport import teleport
+
+
+def normed(track: bool = False) -> tuple[nn.Module, Tensor]:
+    """Rows 0 and 1 differ by their biases alone: a batch's statistics hide that, fresh running ones do not."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).double().train()
+    x = torch.randn(64, 5, dtype=torch.float64)
+    with torch.no_grad():
+        net[0].weight[1] = net[0].weight[0]  # type: ignore[union-attr, operator, index]
+        net[0].bias[1] = net[0].bias[0] + 2  # type: ignore[union-attr, operator, index]
+        if track:
+            net[1].momentum = 1.0  # type: ignore[assignment]
+            net(x)
+    return net, x
+
+
+def change(net: nn.Module, new: nn.Module, x: Tensor, train: bool) -> float:
+    a, b = copy.deepcopy(net).train(train)(x), copy.deepcopy(new).train(train)(x)
+    return float((a - b).detach().abs().max() / a.detach().abs().max())
+
+
+@pytest.mark.parametrize("method", [compress, revive])
+def test_what_only_the_statistics_of_a_batch_hide_is_left_and_named(method: object) -> None:
+    net, x = normed()
+    edit = method(net, (x,))  # type: ignore[operator]
+    assert edit.certificate.ok and change(net, edit.edited(), x, False) < 1e-12 and change(net, edit.edited(), x, True) < 1e-12
+    assert any("eval mode" in str(row.get("why")) for row in edit.summary["left"])
+    tracked, x = normed(track=True)  # running statistics that follow the biases: the copies are copies in both modes
+    edit = method(tracked, (x,))  # type: ignore[operator]
+    assert edit.certificate.ok and edit.after
+    assert change(tracked, edit.edited(), x, False) < 1e-12 and change(tracked, edit.edited(), x, True) < 1e-12
+
+
+@pytest.mark.parametrize("to", ["balance", "minimum-norm"])
+def test_teleport_in_train_mode_keeps_what_eval_mode_computes(to: str) -> None:
+    net, x = normed(track=True)
+    edit = teleport(net, (x,), to=to)
+    assert edit.certificate.ok and change(net, edit.edited(), x, False) < 1e-12 and change(net, edit.edited(), x, True) < 1e-12
+    assert any("train mode only" in row["why"] for row in edit.summary["left_out"])
+
+
+@pytest.mark.parametrize("shape", [(300,), (300, 1), (300, 2), (300, 1, 2)])
+def test_integer_targets_of_any_shape_keep_the_mass_of_every_class(shape: tuple[int, ...]) -> None:
+    stream = torch.Generator().manual_seed(0)
+    x, y = torch.randn(300, 2, generator=stream, dtype=torch.float64), torch.randint(0, 2, shape, generator=stream)
+    found = compress_dataset(x, y, order=2)
+    assert found.objects.moment_error.ok and float(found.weights.sum()) == pytest.approx(300, abs=1e-8)
+    for row in y.reshape(300, -1).unique(dim=0):
+        kept = (found.y.reshape(len(found), -1) == row).all(1)
+        assert float(found.weights[kept].sum()) == pytest.approx(int((y.reshape(300, -1) == row).all(1).sum()), abs=1e-8)
+    with pytest.raises(InputError, match="one target"):
+        compress_dataset(x, y[:-1], order=2)
+    with pytest.raises(InputError, match="one target"):
+        compress_dataset(x[:0], y[:0], order=2)
+
+
+def deep(layers: int) -> nn.Module:
+    return nn.Sequential(*[m for _ in range(layers) for m in (nn.Linear(64, 64), nn.ReLU())])
+
+
+def test_a_deep_network_is_pruned_without_overflow_and_a_cut_is_seen() -> None:
+    torch.manual_seed(0)
+    net = deep(200)
+    edit = prune(net, (torch.randn(1, 64),), keep=0.9, score="magnitude")
+    assert edit.certificate.ok and edit.summary["kept"] == round(0.9 * 200 * 64 * 64)
+    pruner = Pruner.of(deep(3), (torch.randn(1, 64),))
+    masks = {n: torch.ones(w.shape, dtype=torch.bool) for n, w in pruner.weights.items()}
+    first, second = list(masks)[:2]
+    masks[first][32:], masks[second][:, :32] = False, False  # weights are left in every layer, but no path
+    assert not pruner.connected(masks)
+    masks[second][0, 0] = True
+    assert pruner.connected(masks)
