@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from parasym.core.errors import InputError
+from parasym.measure.topology import bilipschitz, critical_rate, crossings, orientation_flips, pair_hessians, self_intersections
 from parasym.methods.compress import compress
 from parasym.methods.moments import compress_dataset
 from parasym.methods.prune import Pruner, prune
@@ -86,3 +87,42 @@ def test_a_deep_network_is_pruned_without_overflow_and_a_cut_is_seen() -> None:
     assert not pruner.connected(masks)
     masks[second][0, 0] = True
     assert pruner.connected(masks)
+
+
+def test_measures_of_a_cloud_refuse_what_has_no_answer() -> None:
+    loss, nan = (lambda c: c.square().sum() ** 2), torch.full((4, 2), torch.nan, dtype=torch.float64)
+    point = torch.zeros(4, 2, dtype=torch.float64)
+    for bad in (torch.randn(1, 2, dtype=torch.float64), nan):
+        with pytest.raises(InputError, match="at least two points"):
+            critical_rate(loss, bad)
+        with pytest.raises(InputError, match="at least two points"):
+            pair_hessians(loss, bad, torch.tensor([[0, 1]]))
+    with pytest.raises(InputError, match="coincide"):
+        bilipschitz(point, point + torch.arange(4)[:, None])
+    with pytest.raises(InputError, match="one shape"):
+        bilipschitz(torch.randn(4, 2), torch.randn(5, 2))
+    with pytest.raises(InputError, match="finite Jacobians"):
+        orientation_flips(nan.expand(3, 4, 2)[:, :2])
+    with pytest.raises(InputError, match="finite lines"):
+        crossings(torch.tensor([0.0, torch.nan]), torch.tensor([0.0, 1.0]))
+    with pytest.raises(InputError, match="finite corners"):
+        self_intersections(nan)
+    with pytest.raises(InputError, match="not finite"):
+        critical_rate(lambda c: (c - c.detach()).abs().sqrt().sum(), torch.randn(3, 2, dtype=torch.float64))
+
+
+def test_the_critical_rate_refines_its_path_until_it_stands_still() -> None:
+    for seed in range(2):
+        stream = torch.Generator().manual_seed(seed)
+        x = torch.randn(40, 3, generator=stream, dtype=torch.float64)
+        cloud = 2 * torch.randn(6, 5, generator=stream, dtype=torch.float64)
+
+        def loss(c: Tensor, x: Tensor = x) -> Tensor:
+            return ((torch.tanh(2 * (c[:, :3] @ x.T + c[:, 3:4])) * c[:, 4:]).mean(0) - x.sum(1).sin()).square().mean() / 2
+
+        M = pair_hessians(loss, cloud, torch.combinations(torch.arange(6)), 192)
+        exact = 1 / float(torch.linalg.eigvalsh((M + M.mT) / 2).max())
+        found = critical_rate(loss, cloud)
+        assert isinstance(found.value, float) and isinstance(found.residual, float)
+        assert abs(found.value - exact) <= found.residual + 1e-9 and (found.status == "ok") == (found.residual <= 1e-3 * found.value * 1.01)
+        assert critical_rate(loss, cloud, nodes=1, tol=1e-12).status == "not_converged"

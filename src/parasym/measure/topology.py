@@ -10,6 +10,7 @@ Source: topological-invariance, measures, R1-R3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from parasym.core.errors import InputError, MissingExtraError
-from parasym.core.results import Estimate
+from parasym.core.results import Estimate, Status
 
 
 @dataclass(frozen=True)
@@ -96,20 +97,41 @@ def distinct(cloud: Tensor, tol: float = 0.0) -> int:
 
 
 def crossings(before: Tensor, after: Tensor) -> int:
-    """Neighbours of a line of points (n,) that changed their order, counted in the order they had before."""
+    """Neighbours of a line of points (n,) that changed their order, counted in the order they had before.
+
+    Raises:
+        InputError: not two finite lines (n,) of the same length.
+    """
+    if before.dim() != 1 or before.shape != after.shape or not bool(torch.isfinite(before).all() and torch.isfinite(after).all()):
+        raise InputError(f"expected two finite lines of points (n,), got {tuple(before.shape)} and {tuple(after.shape)}.")
     order = before.argsort()
     return int((after[order].diff() < 0).sum())
 
 
 def bilipschitz(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """Smallest and largest ratio by which a step changed the distance of two neurons (pairs at distance zero are left out)."""
-    a, b = (torch.pdist(_cloud(t)) for t in (before, after))
+    """Smallest and largest ratio by which a step changed the distance of two neurons (pairs at distance zero are left out).
+
+    Raises:
+        InputError: not two finite clouds (n, m) of the same shape, or all points of the first coincide.
+    """
+    first, second = _cloud(before), _cloud(after)
+    if first.shape != second.shape:
+        raise InputError(f"the clouds before and after must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}.")
+    a, b = torch.pdist(first), torch.pdist(second)
+    if not bool((a > 0).any()):
+        raise InputError("all points of the first cloud coincide: there is no distance whose change could be given.")
     ratio = b[a > 0] / a[a > 0]
     return float(ratio.min()), float(ratio.max())
 
 
 def self_intersections(polygon: Tensor) -> int:
-    """Pairs of edges of a closed polygon (n, 2) that cross; edges that share a corner do not count."""
+    """Pairs of edges of a closed polygon (n, 2) that cross; edges that share a corner do not count.
+
+    Raises:
+        InputError: not finite points of the plane.
+    """
+    if polygon.dim() != 2 or polygon.shape[1] != 2 or not bool(torch.isfinite(polygon).all()):
+        raise InputError(f"expected finite corners (n, 2), got {tuple(polygon.shape)}{_nonfinite(polygon)}.")
     p, q = polygon.double(), polygon.double().roll(-1, 0)
     n = len(p)
     d = q - p
@@ -128,7 +150,13 @@ def self_intersections(polygon: Tensor) -> int:
 
 
 def orientation_flips(jacobians: Tensor) -> int:
-    """Neurons at which the step map turns space inside out: det B_i <= 0 of (n, m, m) Jacobians. Source: topological-invariance R3."""
+    """Neurons at which the step map turns space inside out: det B_i <= 0 of (n, m, m) Jacobians. Source: topological-invariance R3.
+
+    Raises:
+        InputError: not finite square matrices (n, m, m).
+    """
+    if jacobians.dim() != 3 or jacobians.shape[-1] != jacobians.shape[-2] or not bool(torch.isfinite(jacobians).all()):
+        raise InputError(f"expected finite Jacobians (n, m, m), got {tuple(jacobians.shape)}{_nonfinite(jacobians)}.")
     return int((torch.linalg.det(jacobians.double()) <= 0).sum())
 
 
@@ -149,8 +177,16 @@ def pair_hessians(loss: Loss, cloud: Tensor, pairs: Tensor, nodes: int = 96) -> 
         pairs: (p, 2) indices.
         nodes: of the Gauss-Legendre rule; 96 leave 1e-14 where the activation saturates.
 
+    Raises:
+        InputError: not a finite cloud of at least two points, no nodes, or indices that are not in the cloud.
+
     Source: topological-invariance R1.
     """
+    _cloud(cloud)
+    if nodes < 1:
+        raise InputError(f"nodes must be a positive whole number, got {nodes!r}.")
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or (len(pairs) and not 0 <= int(pairs.min()) <= int(pairs.max()) < len(cloud)):
+        raise InputError(f"pairs must be (p, 2) indices of the {len(cloud)} points.")
     basis = torch.eye(cloud.shape[1], dtype=cloud.dtype)
     return torch.func.vmap(lambda v: _along(loss, cloud, pairs, v.expand(len(pairs), -1), nodes), out_dims=2, chunk_size=8)(basis)
 
@@ -174,7 +210,14 @@ def _along(loss: Loss, cloud: Tensor, pairs: Tensor, v: Tensor, nodes: int) -> T
 
 
 def critical_rate(
-    loss: Loss, cloud: Tensor, *, nodes: int = 12, pairs: int = 256, iterations: int = 20, generator: torch.Generator | None = None
+    loss: Loss,
+    cloud: Tensor,
+    *,
+    nodes: int = 12,
+    pairs: int = 256,
+    iterations: int = 20,
+    generator: torch.Generator | None = None,
+    tol: float = 1e-3,
 ) -> Estimate:
     """eta* = 1 / K: below it one step of descent keeps every pair of neurons apart.
 
@@ -183,28 +226,59 @@ def critical_rate(
 
     Args:
         loss: (n, m) cloud -> number.
-        nodes: on the path between a pair. pairs: if the cloud has more, so many are drawn: K is then a lower bound, eta* an upper one.
+        nodes: on the path between a pair, to begin with; doubled (three times at most) until K moves by less than ``tol`` of itself.
+        pairs: if the cloud has more, so many are drawn: K is then a lower bound, eta* an upper one.
         iterations: of the power method, where a neuron has more than 64 numbers.
+        generator: of the drawn pairs and of the starts of the power method; None: seed 0.
 
     Returns:
-        eta*; ``not_applicable`` where nothing contracts. ``details``: K and its pair, how many pairs of how many.
+        eta*; its residual is what the last doubling of the nodes moved, plus what the last iteration did; ``not_converged`` where the
+        doublings end above ``tol``; ``not_applicable`` where nothing contracts. ``details``: K and its pair, how many pairs of how
+        many, nodes.
+
+    Raises:
+        InputError: not a finite cloud of at least two points, or a loss whose second derivatives there are not finite.
 
     Source: topological-invariance R2, R3.
     """
+    _cloud(cloud)
+    if nodes < 1 or pairs < 1 or iterations < 1 or not tol > 0:
+        raise InputError(f"nodes {nodes!r}, pairs {pairs!r}, iterations {iterations!r} and tol {tol!r} must be positive.")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
     every = torch.combinations(torch.arange(len(cloud)))
     chosen = every if len(every) <= pairs else every[torch.randperm(len(every), generator=generator)[:pairs]]
-    residual = 0.0
-    if cloud.shape[1] <= _SMALL:
-        M = pair_hessians(loss, cloud, chosen, nodes)
-        top = torch.linalg.eigvalsh((M + M.mT) / 2)[:, -1]
-    else:
-        top, residual = _power(lambda v: _along(loss, cloud, chosen, v, nodes), (len(chosen), cloud.shape[1]), iterations, cloud, generator)
-    best = int(top.argmax())
-    K = float(top[best])
-    details = {"K": K, "pair": chosen[best].tolist(), "pairs": [len(chosen), len(every)]}
+    stream = generator.get_state()
+    coarse, _ = _tops(loss, cloud, chosen, nodes, iterations, generator)
+    gap, residual = math.inf, 0.0
+    for _ in range(3):
+        nodes *= 2
+        generator.set_state(stream)  # the power method starts where it did: what moves is the rule's doing
+        top, residual = _tops(loss, cloud, chosen, nodes, iterations, generator)
+        gap, coarse = abs(float(top.max() / coarse.max()) - 1) if float(coarse.max()) != float(top.max()) else 0.0, top
+        if gap <= tol:
+            break
+    best = int(coarse.argmax())
+    K = float(coarse[best])
+    details = {"K": K, "pair": chosen[best].tolist(), "pairs": [len(chosen), len(every)], "nodes": nodes}
     if K <= 0:
         return Estimate(None, status="not_applicable", note="nothing contracts: no step size merges neurons", details=details)
-    return Estimate(1 / K, residual=residual, refs=("topological-invariance",), details=details)
+    status: Status = "ok" if gap <= tol else "not_converged"
+    note = "" if gap <= tol else f"K still moves by {gap:.1g} of itself at {nodes} nodes: give more"
+    return Estimate(1 / K, residual=gap / K + residual, status=status, note=note, refs=("topological-invariance",), details=details)
+
+
+def _tops(loss: Loss, cloud: Tensor, pairs: Tensor, nodes: int, iterations: int, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Largest eigenvalue of the symmetric part of Mbar of every pair (p,), and what the last iteration moved it by."""
+    if cloud.shape[1] > _SMALL:
+        shape = (len(pairs), cloud.shape[1])
+        top, moved = _power(lambda v: _along(loss, cloud, pairs, v, nodes), shape, iterations, cloud, generator)
+    else:
+        M = pair_hessians(loss, cloud, pairs, nodes)
+        moved, symmetric = 0.0, (M + M.mT) / 2
+        top = torch.linalg.eigvalsh(symmetric)[:, -1] if bool(torch.isfinite(symmetric).all()) else torch.full((len(pairs),), math.nan)
+    if not bool(torch.isfinite(top).all()):
+        raise InputError("the second derivatives of the loss between two neurons are not finite: check the loss and the cloud.")
+    return top, moved
 
 
 def _power(
@@ -253,5 +327,9 @@ def neuron_cloud(model: torch.nn.Module, args: Sequence[Any], where: str, kwargs
 
 def _cloud(points: Tensor) -> Tensor:
     if points.dim() != 2 or len(points) < 2 or points.shape[1] < 1 or not bool(torch.isfinite(points).all()):
-        raise InputError(f"expected a finite cloud of at least two points, (n, m), got {tuple(points.shape)}.")
+        raise InputError(f"expected a finite cloud of at least two points, (n, m), got {tuple(points.shape)}{_nonfinite(points)}.")
     return points.detach().double()
+
+
+def _nonfinite(values: Tensor) -> str:
+    return "" if bool(torch.isfinite(values).all()) else ", some of them not finite"

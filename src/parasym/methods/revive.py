@@ -75,7 +75,7 @@ def revive(
                 plan.append((u, seen_in))
         renamed, alive, certificate = _tried(subject, runner, plan, seed, seen, trust_inputs)
         spoiled: list[tuple[Units, str]] = []
-        if not certificate.ok:  # leave out, by name, the layers whose reset shows (a norm in train mode hides what its running statistics do not)
+        if not certificate.ok:  # leave out, by name, the layers whose reset shows (with the running statistics of a norm, say)
             good: list[tuple[Units, Relations]] = []
             for u, r in plan:
                 found = _tried(subject, runner, [*good, (u, r)], seed, seen, trust_inputs)[2]
