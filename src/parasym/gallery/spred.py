@@ -437,7 +437,7 @@ def _deeper(config: LandscapeConfig) -> list[Check]:
     w = torch.linspace(-2, 2, 41, dtype=torch.float64)
     checks = []
     for depth in (2, 3, 4):
-        parts = Product(config.cubic, factors=depth).split(w)
+        parts = Product(config.cubic, factors=depth).balanced(w)
         cost = 0.5 * config.cubic * torch.stack([p.square() for p in parts]).sum(0)
         stream = torch.Generator().manual_seed(depth)
         other = [p * s for p, s in zip(parts, _unit(depth, stream), strict=True)]

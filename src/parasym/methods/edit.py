@@ -288,11 +288,13 @@ class _Taken:
         for p, grad in self.grads:
             p.grad = grad
         if self.optimizer is not None:
-            old = {p for group in self.groups for p in group}
+            groups = self.optimizer.param_groups
+            later = [g["params"] for g in groups[len(self.groups) :]]  # added by the user since: they stay
+            old = {p for params in self.groups + later for p in params}
             for p in [p for p in self.optimizer.state if p not in old] + [p for p, _ in self.grads]:
                 self.optimizer.state.pop(p, None)
             self.optimizer.state.update(self.state)
-            for group, params in zip(self.optimizer.param_groups, self.groups, strict=True):
+            for group, params in zip(groups, self.groups, strict=False):
                 group["params"] = params
 
 

@@ -166,11 +166,16 @@ class Reparametrization:
         Raises:
             InputError: not applied, or the weights were trained since: then the way back would throw that training away.
         """
-        places = self._places()
+        self._places()
         assert self._taken is not None
         if (changed := self._taken.changed(self)) is not None:
             raise InputError(f"{changed!r} was trained after {self.method} was applied: bake() keeps it, undo() would lose it.")
-        self._taken.remove(places, None)
+        self._restore()
+
+    def _restore(self) -> None:
+        """The weights of before `apply`, whatever was trained since."""
+        assert self._taken is not None
+        self._taken.remove(self._places(), None)
         self._taken = None
 
     def bake(self) -> nn.Module:
@@ -292,6 +297,7 @@ class _Taken:
     group_names: list[list[str] | None]
     state: dict[Tensor, dict[str, Any]]
     order: list[tuple[nn.Module, list[str]]]
+    grads: dict[str, Tensor | None]
 
     @classmethod
     def install(cls, plan: Reparametrization, optimizer: Optimizer | None) -> _Taken:
@@ -301,7 +307,7 @@ class _Taken:
         before = {n: p.detach().clone() for n, p in kept.items()}
         grads = {n: p.grad for n, p in kept.items()}
         order = [(m, list(m._parameters)) for m in dict.fromkeys(m for held in places.values() for m, _ in held)]
-        taken = cls(places, kept, before, {}, Estimate(0.0), optimizer, [], [], {}, order)
+        taken = cls(places, kept, before, {}, Estimate(0.0), optimizer, [], [], {}, order, grads)
         if optimizer is not None:
             taken.groups = [list(g["params"]) for g in optimizer.param_groups]
             taken.group_names = [list(g["param_names"]) if "param_names" in g else None for g in optimizer.param_groups]
@@ -329,8 +335,6 @@ class _Taken:
                 _swap(plan, taken, optimizer)
         except BaseException:
             taken.remove({n: places[n] for n in done}, None)
-            for n, p in kept.items():
-                p.grad = grads[n]
             raise
         taken.lifted = {n: tuple(p.detach().clone() for p in taken.trained(plan, n)) for n in places}
         return taken
@@ -365,8 +369,7 @@ class _Taken:
                 module._parameters[attr] = p
             with torch.no_grad():
                 p.set_((self.before[name] if values is None else values[name]).clone())  # type: ignore[call-overload]
-            if values is not None:
-                p.grad = None
+            p.grad = self.grads[name] if values is None else None
         for module, names in self.order:  # as it was: an optimiser's state dict counts the parameters
             table = {n: module._parameters[n] for n in names}
             module._parameters.clear()
@@ -374,8 +377,10 @@ class _Taken:
         if self.optimizer is None:
             return
         groups = self.optimizer.param_groups
-        del groups[len(self.groups) :]
-        for group, params, labels in zip(groups, self.groups, self.group_names, strict=True):
+        for i in reversed(range(len(self.groups), len(groups))):  # those the swap added; a user's own, added since, stay
+            if groups[i]["params"] and all(q in gone for q in groups[i]["params"]):
+                del groups[i]
+        for group, params, labels in zip(groups, self.groups, self.group_names, strict=False):
             group["params"] = params
             if labels is not None:
                 group["param_names"] = labels
@@ -483,5 +488,5 @@ def _pushed(state: Mapping[str, Any], laws: Mapping[str, str], lift: Lift, weigh
         parts = lift.push(laws[key], value, weight) if key in laws else None
         if parts is None:
             return {}
-        out[key] = parts[i]
+        out[key] = parts[i].clone() if parts[i] is value else parts[i]  # the old state is kept for the way back
     return out

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from parasym.core.results import Estimate
 from parasym.methods.reparametrize import Lift, Reparametrization, select
 
 Group = Literal["in", "out"] | tuple[int, ...] | None
+OFF_BALANCE = 0.1  # of the mean size of a parameter's weights: |V|^2 - |U|^2 where training starts
 
 
 class Product(Lift):
@@ -75,11 +76,25 @@ class Product(Lift):
         return weight.abs() if dims is None else torch.linalg.vector_norm(weight, dim=dims, keepdim=True) if dims else weight.abs()
 
     def split(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """The balanced point of the orbit: the function stays, and so does the cost."""
-        if self.factors > 2:
-            root = weight.abs() ** (1 / self.factors)
-            return (root * weight.sign(), *(root.clone() for _ in range(self.factors - 1)))
+        """A point of the orbit a little off balance, |V| above |U|; the function stays.
+
+        From |U| = |V| exactly no descent changes the sign of a weight: both factors reach zero together and stop at that saddle. Here V
+        is still there when U reaches zero, so U passes through, and weights that are zero can grow. Decay restores the balance (R4).
+        """
         size = self.size(weight)
+        mean = size.mean()
+        spare = OFF_BALANCE * torch.where(mean > 0, mean, torch.ones_like(mean))
+        others = (size + spare) ** (1 / self.factors)
+        if self.factors > 2:
+            return (weight / others ** (self.factors - 1), *(others.clone() for _ in range(self.factors - 1)))
+        return weight / others * self.ratio**-0.25, others * self.ratio**0.25
+
+    def balanced(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The point of the orbit that costs least, and then as much as the penalty; zeros and signs are stuck there under descent."""
+        size = self.size(weight)
+        if self.factors > 2:
+            root = size ** (1 / self.factors)
+            return (root * weight.sign(), *(root.clone() for _ in range(self.factors - 1)))
         v = size.sqrt()
         u = torch.where(v > 0, weight / torch.where(v > 0, v, 1.0), 0.0)
         return u * self.ratio**-0.25, v * self.ratio**0.25
@@ -112,36 +127,34 @@ class Spred(Reparametrization):
             Share of weights that is left, by parameter.
 
         Raises:
-            InputError: neither or both are given, or fewer than one entry would be left.
+            InputError: neither or both are given, fewer than one entry would be left, or a weight is not finite.
+
+        Of equal sizes the first ones stay; a group stays or goes as a whole.
         """
         if (tol is None) == (keep is None):
             raise InputError("Give exactly one of tol (a size) and keep (a share).")
-        sizes = {n: self._lift(n).size(self.weights()[n]).expand_as(self.weights()[n]) for n in self.lifts}
+        weights = self.weights()
+        bad = next((n for n, w in weights.items() if not bool(torch.isfinite(w).all())), None)
+        if bad is not None:
+            raise InputError(f"{bad!r} is not finite: there is no size to prune by. Train again with a smaller learning rate.")
+        sizes = {n: self._lift(n).size(w) for n, w in weights.items()}
         if keep is not None:
-            every = torch.cat([s.reshape(-1) for s in sizes.values()])
-            count = round(keep * every.numel())
-            if not 0 < keep <= 1 or count < 1:
-                raise InputError(f"keep={keep} of {every.numel()} weights leaves {count}: keep at least one, at most all.")
-            limit = float(every.sort(descending=True).values[count - 1])
+            masks = _largest(sizes, {n: w.numel() for n, w in weights.items()}, keep)
         else:
             assert tol is not None
-            limit = tol
+            masks = {n: s >= tol if tol > 0 else s > 0 for n, s in sizes.items()}
         left = {}
-        for name in self.lifts:
-            alive = sizes[name] >= limit if limit > 0 else sizes[name] > 0
-            left[name] = float(alive.double().mean())
+        for name, w in weights.items():
+            left[name] = float(masks[name].expand_as(w).double().mean())
             for part in self.originals(name):
-                mask = alive
-                for d, (mine, full) in enumerate(zip(part.shape, mask.shape, strict=True)):
-                    if mine != full:
-                        mask = mask.any(d, keepdim=True)
-                part.mul_(mask)
+                part.mul_(masks[name])
         return left
 
     def report(self, loss: Callable[[], Tensor], tol: float = 1e-8) -> Certificate:
         """Optimality of the L1 problem at the weights of now, for any loss: its Karush-Kuhn-Tucker residual.
 
-        On the support the gradient must be -a W / |W|, off it its size at most a (R3).
+        On the support the gradient must be -a W / |W|, off it its size at most a (R3); of trainable parameters without penalty (biases,
+        ...) it must be zero.
 
         Args:
             loss: the plain loss over all data, without penalty, of the model as it is now.
@@ -150,21 +163,44 @@ class Spred(Reparametrization):
         bad = next((n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())), None)
         if bad is not None:
             raise InputError(f"{bad!r} is not finite: there is no certificate. Train again with a smaller learning rate.")
+        value, made, slopes, free = self._slopes(loss)
+        rows = {n: _conditions(self._lift(n), w, slopes[n], self.originals(n), tol) for n, w in made.items()}
+        l1 = min(self._lift(n).l1 for n in rows)
+        plain = {n: float(g.abs().max()) / l1 for n, g in free.items() if g.numel()}
+        return Certificate(value, rows, max([r["residual"] for r in rows.values()] + list(plain.values())), plain)
+
+    def _slopes(self, loss: Callable[[], Tensor]) -> tuple[float, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """The loss, the plain weights, its gradients with respect to them, and to the trainable parameters without penalty."""
+        own = {p for n in self.lifts for p in self.originals(n)}
+        free = {n: p for n, p in self.model.named_parameters() if p.requires_grad and p not in own}
         with torch.enable_grad(), parametrize.cached():  # each weight is one tensor in here, whose gradient can be asked for
             value = loss()
-            places = self._places()
-            made = {n: [getattr(*place) for place in held] for n, held in places.items()}
-            slopes = iter(torch.autograd.grad(value, [w for ws in made.values() for w in ws], allow_unused=True))
-        rows = {}
-        for name, ws in made.items():
-            parts = [g if g is not None else torch.zeros_like(w) for w, g in zip(ws, slopes, strict=False)]
-            rows[name] = _conditions(self._lift(name), ws[0].detach(), torch.stack(parts).sum(0), self.originals(name), tol)
-        return Certificate(float(value.detach()), rows, max(r["residual"] for r in rows.values()))
+            made = {n: [getattr(*place) for place in held] for n, held in self._places().items()}
+            asked = [w for ws in made.values() for w in ws] + list(free.values())
+            found = torch.autograd.grad(value, asked, allow_unused=True)
+        slopes = iter([torch.zeros_like(w) if g is None else g for w, g in zip(asked, found, strict=True)])
+        weights = {n: ws[0].detach() for n, ws in made.items()}
+        return float(value.detach()), weights, {n: sum(next(slopes) for _ in ws) for n, ws in made.items()}, dict(zip(free, slopes))  # type: ignore[misc]  # noqa: B905
 
     def _lift(self, name: str) -> Product:
         lift = self.lifts[name]
         assert isinstance(lift, Product)
         return lift
+
+
+def _largest(sizes: Mapping[str, Tensor], numel: Mapping[str, int], keep: float) -> dict[str, Tensor]:
+    """Masks of the largest sizes, until they hold the share ``keep`` of all weights; ties by position."""
+    total = sum(numel.values())
+    count = round(keep * total) if 0 < keep <= 1 else 0
+    if count < 1:
+        raise InputError(f"keep={keep} of {total} weights leaves {count}: keep at least one, at most all.")
+    every = torch.cat([s.reshape(-1) for s in sizes.values()])
+    members = torch.cat([torch.full((s.numel(),), numel[n] // s.numel(), device=s.device) for n, s in sizes.items()])
+    order = every.argsort(descending=True, stable=True)
+    held = members[order].cumsum(0)
+    alive = torch.zeros_like(every, dtype=torch.bool)
+    alive[order[held - members[order] < count]] = True
+    return {n: part.view_as(s) for (n, s), part in zip(sizes.items(), alive.split([s.numel() for s in sizes.values()]), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -175,12 +211,14 @@ class Certificate:
         loss: the plain loss.
         parameters: name -> ``residual`` (largest violation, in units of a), ``sparsity`` (share of zeros), ``excess`` (cost of the
             factors over the penalty |W|, relative, less one: zero where they are balanced, |u| = |v|).
-        residual: the largest of the residuals, in units of a.
+        residual: the largest of all residuals, in units of a.
+        free: trainable parameters without penalty -> their largest gradient, in units of a.
     """
 
     loss: float
     parameters: Mapping[str, Mapping[str, float]]
     residual: float
+    free: Mapping[str, float] = field(default_factory=dict)
 
     def estimate(self, within: float = 1e-6) -> Estimate:
         """The residual as an estimate that says whether it converged."""
@@ -232,8 +270,8 @@ def spred(
     Raises:
         InputError: nothing selected, NaN weights, integer parameters, a weight that is parametrised already, or without such groups.
 
-    Note: a weight that is exactly zero has zero factors, which is a saddle that plain descent never leaves: it stays zero. Nothing here
-    starts it away from zero, since that would change the function.
+    Note: the factors start a little off balance (`Product.split`), so that weights can change sign and exact zeros can grow; weights
+    that `Spred.prune` took have two zero factors, and stay.
     """
     chosen = select(model, where if where is not None else lambda name, p: p.dim() >= 2)
     lifts: dict[str, Lift] = {}
@@ -266,10 +304,11 @@ def solve(
 ) -> Certificate:
     """Train a whole network to a minimum of loss + l1 |W|_1 on all its data, and leave plain sparse weights in it.
 
-    L-BFGS on the factors, zeros taken where the certificate allows it; every round ends with the KKT residual.
+    L-BFGS on the factors, zeros taken where the certificate allows it; every round ends with the KKT residual, and starts weights again
+    that stopped at zero though their gradient is above the penalty. If anything goes wrong (an interrupt too) the model is left as it was.
 
     Args:
-        model: any module whose loss is deterministic; its exact zeros are moved to 1e-3 of the mean size first, so that they can grow.
+        model: any module whose loss is deterministic.
         loss: the plain loss over all data.
         where, group: as in `spred`.
         tol: wanted KKT residual, in units of l1.
@@ -283,18 +322,32 @@ def solve(
     Raises:
         InputError: as `spred`; the loss is not finite.
     """
-    chosen = select(model, where if where is not None else lambda name, p: p.dim() >= 2)
-    with torch.no_grad():
-        for p in chosen.values():
-            p.copy_(torch.where(p == 0, 1e-3 * p.abs().mean().clamp_min(1e-3), p))
     plan = spred(model, l1, where, group=group)
+    tensors = [*plan.model.parameters(), *plan.model.buffers()]
+    before = [(t, t.detach().clone(), t.grad) for t in tensors]
     plan.apply()
+    try:
+        certificate = _solved(plan, loss, l1, tol, max_steps, zero, progress)
+    except BaseException:  # an interrupt too: nothing of it stays
+        plan._restore()
+        with torch.no_grad():
+            for t, value, grad in before:
+                t.copy_(value)
+                t.grad = grad
+        raise
+    plan.bake()
+    return certificate
+
+
+def _solved(
+    plan: Spred, loss: Callable[[], Tensor], l1: float, tol: float, max_steps: int, zero: float, progress: Callable[[int, float], None] | None
+) -> Certificate:
+    """The rounds of `solve`, on a plan that is applied; sets what ``bake`` will leave."""
     limit = zero * max(float(p.detach().abs().max()) for p in plan.weights().values())
     free = [p for p in plan.model.parameters() if p.requires_grad]
     own = {p for n in plan.lifts for p in plan.originals(n)}
     steps = 0
-    certificate = None
-    for _ in range(max_steps):
+    while True:
         most = min(100, max_steps - steps)
         optimizer = torch.optim.LBFGS(
             free, max_iter=most, history_size=30, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0
@@ -310,20 +363,33 @@ def solve(
 
         optimizer.step(closure)  # type: ignore[arg-type, no-untyped-call]
         taken = optimizer.state_dict()["state"][0]["n_iter"]
-        steps += taken
-        with torch.no_grad():
-            for n in plan.lifts:  # back to the balanced point of each orbit: the same function at least cost
-                for p, part in zip(plan.originals(n), plan.lifts[n].split(plan.weights()[n]), strict=True):  # type: ignore[arg-type]
-                    p.copy_(part)
+        steps += max(taken, 1)
         certificate = plan.report(loss, limit)
         if progress is not None:
             progress(steps, certificate.residual)
-        if certificate.residual <= tol or steps >= max_steps or taken < 3:  # no step is left to take
+        if certificate.residual <= tol or steps >= max_steps:
             break
-    assert certificate is not None
+        if not _reseed(plan, loss) and taken < 3:  # no step is left to take
+            break
     plan.finish = lambda name, w: torch.where(plan._lift(name).size(w) > limit, w, torch.zeros_like(w))
-    plan.bake()
     return certificate
+
+
+@torch.no_grad()
+def _reseed(plan: Spred, loss: Callable[[], Tensor]) -> int:
+    """Start weights (groups) that stopped at zero, a saddle where |g| > a, a little on the side their gradient wants; how many."""
+    _, weights, slopes, _ = plan._slopes(loss)
+    count = 0
+    for n, w in weights.items():
+        lift, size = plan._lift(n), plan._lift(n).size(w)
+        scale = size.max() if bool(size.any()) else torch.ones_like(size.max())
+        pull = lift.size(slopes[n])
+        stuck = (size < 1e-6 * scale) & (pull > lift.l1 * (1 + 1e-9))
+        seed = -1e-3 * scale * slopes[n] / pull.clamp_min(torch.finfo(w.dtype).tiny)
+        for p, part in zip(plan.originals(n), lift.balanced(seed), strict=True):
+            p.copy_(torch.where(stuck, part, p))
+        count += int(stuck.sum())
+    return count
 
 
 class FeatureGate(nn.Module):
