@@ -340,7 +340,13 @@ def solve(
 
 
 def _solved(
-    plan: Spred, loss: Callable[[], Tensor], l1: float, tol: float, max_steps: int, zero: float, progress: Callable[[int, float], None] | None
+    plan: Spred,
+    loss: Callable[[], Tensor],
+    l1: float,
+    tol: float,
+    max_steps: int,
+    zero: float,
+    progress: Callable[[int, float], None] | None,
 ) -> Certificate:
     """The rounds of `solve`, on a plan that is applied; sets what ``bake`` will leave."""
     limit = zero * max(float(p.detach().abs().max()) for p in plan.weights().values())
