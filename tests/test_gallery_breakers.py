@@ -125,8 +125,8 @@ def test_a_saddle_left_at_another_rate_is_seen(monkeypatch: pytest.MonkeyPatch) 
     from parasym.gallery import spred as gallery
     from parasym.methods.spred import Product
 
-    right = Product.split
-    monkeypatch.setattr(Product, "split", lambda self, w: (2 * right(self, w)[0], 0.5 * right(self, w)[1], *right(self, w)[2:]))
+    right = Product.balanced
+    monkeypatch.setattr(Product, "balanced", lambda self, w: (2 * right(self, w)[0], 0.5 * right(self, w)[1], *right(self, w)[2:]))
     config = smoke("spred", "landscape", horizon=2.0, late=(1.0, 2.0))
     assert {"spred R6"} <= failed(gallery.landscape(config))
 

@@ -15,6 +15,9 @@ from parasym.core.errors import InputError
 from parasym.core.results import Estimate
 from parasym.methods import lasso, solve, spred, syre
 from parasym.methods.edit import Edit
+from parasym.methods.masks import Masking
+from parasym.methods.width import thin
+from parasym.optim import LaProp
 
 
 def regression(seed: int, bias: bool = False) -> tuple[nn.Linear, Callable[[], Tensor], np.ndarray]:
@@ -144,9 +147,10 @@ def step(model: nn.Module, optimizer: Any) -> None:
 
 
 def state_of(model: nn.Module, optimizer: Any) -> list[Tensor]:
-    grads = [p.grad if p.grad is not None else torch.tensor(-1.0) for p in model.parameters()]
-    held = [torch.as_tensor(v) for p in model.parameters() for v in optimizer.state[p].values()]
-    return [t.detach().clone() for t in (*model.parameters(), *grads, *held)]
+    params = sorted(model.parameters(), key=id)  # a parametrised module names its parameters in another order
+    grads = [p.grad if p.grad is not None else torch.tensor(-1.0) for p in params]
+    held = [torch.as_tensor(v) for p in params for v in optimizer.state[p].values()]
+    return [t.detach().clone() for t in (*params, *grads, *held)]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -182,6 +186,7 @@ def test_an_edit_is_undone_beside_a_group_added_since() -> None:
 def test_a_reparametrisation_undone_gives_gradients_and_state_back(method: str) -> None:
     model, optimizer = trained()
     before = state_of(model, optimizer)
+    first = [torch.as_tensor(v).clone() for v in optimizer.state[model[0].weight].values()]
     handle = spred(model, 1e-2) if method == "spred" else syre(model, 0.1).shift()
     handle.apply(optimizer)
     for state in optimizer.state.values():  # a step that is taken back in the weights only
@@ -191,7 +196,124 @@ def test_a_reparametrisation_undone_gives_gradients_and_state_back(method: str) 
     after = state_of(model, optimizer)
     if method == "syre":  # the biases are lifted, too
         assert same(after, before)
-    for p, g in zip(model.parameters(), before[4:8], strict=True):
-        assert p.grad is not None and torch.equal(p.grad, g)
-    weight = optimizer.state[model[0].weight]
-    assert all(torch.equal(torch.as_tensor(v), w) for v, w in zip(weight.values(), before[8:11], strict=True))
+    for a, b in zip(after[:8], before[:8], strict=True):  # weights and gradients
+        assert torch.equal(a, b)
+    assert all(torch.equal(torch.as_tensor(v), w) for v, w in zip(optimizer.state[model[0].weight].values(), first, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ syre
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam", "adamw", "laprop"])
+@pytest.mark.parametrize("named", [False, True])
+def test_the_pull_acts_in_a_step_with_a_closure(rule: str, named: bool) -> None:
+    makers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+        "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.1),
+        "adam": lambda p: torch.optim.Adam(p, 1e-2, weight_decay=0.1),
+        "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
+        "laprop": lambda p: LaProp(p, 1e-2, weight_decay=0.1),
+    }
+
+    def run(how: str) -> Tensor:
+        model, loss, _ = regression(0, bias=True)
+        optimizer = makers[rule](model.parameters())
+        if how != "plain":
+            syre(model, 0.3).attach(optimizer)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        for _ in range(5):
+            if how == "closure":
+                value = optimizer.step(closure=closure) if named else optimizer.step(closure)
+                assert isinstance(value, Tensor)
+            else:
+                closure()
+                optimizer.step()
+        return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    assert torch.equal(run("closure"), run("step")) and not torch.allclose(run("closure"), run("plain"), atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [1.0, torch.tensor(1.0)])
+def test_a_decay_that_wipes_the_weights_is_refused(rate: Any) -> None:
+    model, loss, _ = regression(0)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=1.0, foreach=False)
+    syre(model, 0.3).attach(optimizer)
+    loss().backward()
+    before = model.weight.detach().clone()
+    with pytest.raises(InputError, match="lr \\* weight_decay = 1"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("metric", ["identity", "random"])
+def test_a_state_that_was_not_stored_gives_its_own_point(metric: Any) -> None:
+    model = nn.Linear(4, 3)
+    lean = syre(model, 0.2, metric=metric, seed=5, stored=False)
+    other = syre(model, 0.1, metric=metric, seed=9)
+    other.load_state_dict(lean.state_dict())
+    assert other.seed == 5
+    for n in lean.parameters:
+        assert torch.equal(other.theta0(n), lean.theta0(n))
+        if metric == "random":
+            assert torch.equal(other.excess(n), lean.excess(n))  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------ masks and multiplicities
+
+RULES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, 1e-2),
+    "adam fused": lambda p: torch.optim.Adam(p, 1e-2, fused=True),
+    "adam foreach": lambda p: torch.optim.Adam(p, 1e-2, foreach=True),
+}
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_masks_taken_away_give_momentum_and_gradients_back(rule: str) -> None:
+    model, optimizer = trained(RULES[rule])
+    before = state_of(model, optimizer)
+    masks = {n: torch.rand(p.shape, generator=torch.Generator().manual_seed(0)) > 0.5 for n, p in model.named_parameters() if p.dim() > 1}
+    edit = Masking("prune", model, {}, Estimate(0.0), masks=masks)
+    edit.apply(optimizer)
+    assert not same(state_of(model, optimizer), before)
+    edit.undo()
+    assert same(state_of(model, optimizer), before)
+    edit = Masking("prune", model, {}, Estimate(0.0), masks=masks)
+    edit.apply(optimizer)
+    step(model, optimizer)
+    left = state_of(model, optimizer)
+    edit.undo()
+    assert same(state_of(model, optimizer), left)  # what was trained stays as training left it
+
+
+def test_a_refused_undo_leaves_the_multiplicities_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 40), nn.Tanh(), nn.Linear(40, 1)).double()
+    x = torch.randn(16, 2, dtype=torch.float64)
+    whole = {n: v.clone() for n, v in model.state_dict().items()}
+    edit = thin(model, (x,), where="0", order=2)
+    edit.apply()
+    names, output = list(model.state_dict()), model(x).detach()
+    for p in model.parameters():  # any one of them
+        with torch.no_grad():
+            p.add_(0.1)
+        with pytest.raises(InputError, match="trained after"):
+            edit.undo()
+        assert list(model.state_dict()) == names
+        with torch.no_grad():
+            p.sub_(0.1)
+        torch.testing.assert_close(model(x), output, atol=1e-12, rtol=0)
+    edit.bake()
+    torch.testing.assert_close(model(x), output, atol=1e-12, rtol=0)
+    model.load_state_dict(model.state_dict())
+    fresh = nn.Sequential(nn.Linear(2, 40), nn.Tanh(), nn.Linear(40, 1)).double()
+    fresh.load_state_dict(whole)
+    edit = thin(fresh, (x,), where="0", order=2)
+    edit.apply()
+    edit.undo()
+    assert all(torch.equal(v, whole[n]) for n, v in fresh.state_dict().items())

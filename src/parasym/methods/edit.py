@@ -110,13 +110,15 @@ class Edit:
         if self._taken is None:
             raise InputError(f"This {self.method} edit is not applied: there is nothing to undo.")
         view = functional(self.model)
-        changed = [n for n, v in self.after.items() if not torch.equal(_tensor(view, n), v.to(_tensor(view, n).dtype))]
+        self._refuse_trained([n for n, v in self.after.items() if not torch.equal(_tensor(view, n), v.to(_tensor(view, n).dtype))])
+        self._taken.restore()
+        self._taken = None
+
+    def _refuse_trained(self, changed: Sequence[str]) -> None:
         if changed:
             raise InputError(
                 f"{changed[0]!r} was trained after this {self.method} edit was applied: bake() keeps it, undo() would lose it."
             )
-        self._taken.restore()
-        self._taken = None
 
     def bake(self) -> nn.Module:
         """Keep the edit for good and return the model; applies it first if need be. The copies that undo needs are freed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,7 @@ class Masking(Edit):
 
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     _worn: list[tuple[nn.Module, str, list[str]]] = field(init=False, default_factory=list, repr=False)
+    _back: list[Callable[[], None]] = field(init=False, default_factory=list, repr=False)
 
     @property
     def applied(self) -> bool:
@@ -70,20 +71,31 @@ class Masking(Edit):
             if n not in held or held[n][0].shape != mask.shape:
                 raise InputError(f"{type(model).__name__} has no parameter {n!r} of shape {tuple(mask.shape)}: plan the cut again.")
         moved = Moved()
+        back = []
         if optimizer is not None:
-            moved = move_state(optimizer, {n: held[n][0] for n in self.masks}, masked_transport(self.masks), unknown)
+            named = {n: held[n][0] for n in self.masks}
+            states = {p: dict(optimizer.state[p]) for p in named.values() if p in optimizer.state}  # moving makes new tensors
+            moved = move_state(optimizer, named, masked_transport(self.masks), unknown)
+            back += [_state_back(optimizer, p, state) for p, state in states.items()]
         for n, mask in self.masks.items():
             p, places = held[n]
             if p.grad is not None:
+                whole = p.grad.detach().clone()
                 p.grad.mul_(mask.to(p.device))
+                back.append(_grad_back(p, whole))
             for module, attr in places:
                 self._worn.append((module, attr, list(module._parameters)))
                 parametrize.register_parametrization(module, attr, Mask(mask.to(p.device)), unsafe=True)
+        self._back = back
         return moved
 
     def undo(self) -> None:
-        """Take the masks away. Weights are bit by bit as before, or, if they were trained meanwhile, as training left them."""
+        """Take the masks away. Weights, gradients and optimiser state are bit by bit as before, or, where they were trained or cleared
+        meanwhile, as training left them."""
+        back = self._back
         self._bare("undo")
+        for give in back:
+            give()
 
     def bake(self) -> nn.Module:
         """Write the zeros into the plain weights, take the masks away, and return the model; applies them first if need be."""
@@ -101,7 +113,37 @@ class Masking(Edit):
             raise InputError(f"This {self.method} edit is not applied: there is nothing to {verb}.")
         for module, attr, order in reversed(self._worn):
             bare(module, attr, order)
-        self._worn = []
+        self._worn, self._back = [], []
+
+
+def _state_back(optimizer: Optimizer, p: Tensor, before: dict[str, Any]) -> Callable[[], None]:
+    """The way back of one parameter's masked optimiser state: taken if nothing has written to it since."""
+    marks = _marks(optimizer.state.get(p, {}))
+
+    def give() -> None:
+        now = _marks(optimizer.state.get(p, {}))
+        if now.keys() == marks.keys() and all(a is b and v == w for (a, v), (b, w) in ((now[k], marks[k]) for k in now)):
+            optimizer.state[p] = before
+
+    return give
+
+
+def _marks(state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Every entry with what tells whether it was written to: a tensor's version, or the value itself."""
+    return {k: (v, v._version) if isinstance(v, Tensor) else (None, v) for k, v in state.items()}
+
+
+def _grad_back(p: Tensor, whole: Tensor) -> Callable[[], None]:
+    """The way back of one masked gradient, likewise."""
+    grad = p.grad
+    assert grad is not None
+    version = grad._version
+
+    def give() -> None:
+        if p.grad is grad and grad._version == version:
+            grad.copy_(whole)
+
+    return give
 
 
 def bare(module: nn.Module, attr: str, order: list[str]) -> None:

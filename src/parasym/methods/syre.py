@@ -120,20 +120,22 @@ class Syre:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take theta0 and D from a `state_dict`.
+        """Take theta0 and D from a `state_dict`; those it does not hold (``stored=False``) are drawn from its seed.
 
         Raises:
             InputError: other parameters, shapes or metric than this one's.
         """
         if set(state["sigma0"]) != set(self.parameters) or bool(state["spread"]) != bool(self.spread):
             raise InputError("This syre state belongs to other parameters or another metric: build syre() with the same arguments first.")
-        for table, mine in ((state["theta0"], self._points), (state["excess"], self._excess)):
+        tables = ((state.get("theta0", {}), self._points, 0), (state.get("excess", {}), self._excess, 1))
+        for table, _, _ in tables:
             for name, value in table.items():
                 if value.shape != self.parameters[name].shape:
                     raise InputError(f"theta0 of {name!r} has shape {tuple(value.shape)}, not {tuple(self.parameters[name].shape)}.")
-                if name in mine:
-                    mine[name].copy_(value)
         self.seed, self.spread, self.sigma0 = state["seed"], state["spread"], dict(state["sigma0"])
+        for table, mine, which in tables:
+            for name, held in mine.items():  # a state that was not stored is drawn again from what it was drawn with
+                held.copy_(table[name] if name in table else self._draw(name, which))
 
     def gap(self, reflected: Mapping[str, Tensor], gamma: float) -> Estimate:
         """l_r(R theta) - l_r(theta) for weights R theta of equal loss l: gamma (|R theta - theta0|^2_D - |theta - theta0|^2_D).
@@ -204,8 +206,8 @@ class Pull:
 
     Coupled decay: the gradient gets weight_decay (D (theta - theta0) - theta) before the step, so ``grad`` holds the pull afterwards.
     Decoupled: the optimiser shrinks the weights as ever, and what is missing is added just before. Exact for any group options,
-    scalers and shards. The optimiser's ``state_dict`` carries the
-    seed and the count of steps; save `Syre.state_dict` beside it.
+    scalers, shards and closures (the pull then acts after the closure). The optimiser's ``state_dict`` carries the seed and the count
+    of steps; save `Syre.state_dict` beside it.
     """
 
     def __init__(self, anchor: Syre, optimizer: Optimizer, every: int = 1, decay: Decay | None = None) -> None:
@@ -257,9 +259,26 @@ class Pull:
                 if params:
                     yield group, params, [self._names[p] for p in params], decay_of(self.optimizer, group, self.told)
 
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._act(optimizer)
+            return None
+
+        def followed() -> Any:
+            loss = closure()  # it clears the gradients and makes new ones: what came before would be lost
+            self._act(optimizer)
+            return loss
+
+        return (args, {**kwargs, "closure": followed}) if "closure" in kwargs else ((args[0], followed, *args[2:]), kwargs)
+
     @torch.no_grad()
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group, params, names, kind in self._groups():
+    def _act(self, optimizer: Optimizer) -> None:
+        groups = list(self._groups())
+        for group, _, _, kind in groups:  # before anything is written
+            if kind == "decoupled" and _wipes(decay_rate(optimizer, group)):
+                raise InputError("lr * weight_decay = 1 wipes the weights at every step, and theta0 with them: lower one of the two.")
+        for group, params, names, kind in groups:
             if self.every > 1:  # a number that changes would make a compiled step compile again
                 group["syre_step"] += 1
             like = params[0].dtype
@@ -376,6 +395,13 @@ def _like(p: Tensor, value: Tensor) -> Tensor:
 
 def _power(scale: Tensor, law: str) -> Tensor:
     return scale.square() if law == "square" else torch.ones_like(scale) if law == "step" else scale
+
+
+def _wipes(lost: float | Tensor) -> bool:
+    """Whether a decoupled step takes the whole weight away; a number on an accelerator is not waited for."""
+    if isinstance(lost, Tensor) and (lost.device.type != "cpu" or torch.compiler.is_compiling()):
+        return False
+    return bool(lost == 1)
 
 
 def _add(targets: list[Tensor], moves: list[Tensor], rate: float | Tensor) -> None:

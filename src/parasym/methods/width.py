@@ -77,7 +77,7 @@ class Thinning(Edit):
     kept: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     frozen: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _worn: list[tuple[nn.Module, str, list[str]]] = field(init=False, default_factory=list, repr=False)
-    _start: dict[str, Tensor] = field(init=False, default_factory=dict, repr=False)
+    _start: dict[str, tuple[nn.Parameter, Tensor]] = field(init=False, default_factory=dict, repr=False)
 
     def apply(self, optimizer: Optimizer | None = None, *, unknown: str = "error") -> Moved:
         """Put the smaller layer in; see `Edit.apply`. Plain SGD then follows the whole layer; Adam cancels the factor by itself."""
@@ -87,7 +87,7 @@ class Thinning(Edit):
         for n, (value, rate) in self.frozen.items():
             p, places = held[n]
             with torch.no_grad():
-                self._start[n] = p.detach().clone()
+                self._start[n] = (p, p.detach().clone())
                 p.div_(value.to(p))
             for module, attr in places:
                 self._worn.append((module, attr, list(module._parameters)))
@@ -95,8 +95,12 @@ class Thinning(Edit):
         return moved
 
     def undo(self) -> None:
-        """Put the whole layer back; see `Edit.undo`."""
+        """Put the whole layer back; see `Edit.undo`. A refusal leaves the multiplicities on."""
         if self.applied:
+            view = functional(self.model)
+            plain = {n: view.params.get(n, view.buffers.get(n)) for n in self.after if n not in self._start}
+            trained = [n for n, v in plain.items() if v is not None and not torch.equal(v, self.after[n].to(v.dtype))]
+            self._refuse_trained(trained + [n for n in self._start if not self._untouched(n)])
             self._bare()
         super().undo()
 
@@ -107,17 +111,16 @@ class Thinning(Edit):
         self._bare()
         return super().bake()
 
+    def _untouched(self, name: str) -> bool:
+        p, start = self._start[name]
+        return torch.equal(p, start / self.frozen[name][0].to(start))
+
     def _bare(self) -> None:
         for module, attr, order in reversed(self._worn):
-            worn: Any = module.parametrizations[attr]  # type: ignore[index]
-            factors: Any = worn[0]
-            p = worn.original
             bare(module, attr, order)
-            name = next(n for n, q in functional(self.model).model.named_parameters() if q is p)
-            with torch.no_grad():
-                start = self._start.get(name)
-                untouched = start is not None and torch.equal(p, start / factors.value)
-                p.copy_(start if untouched else p * factors.value)
+        with torch.no_grad():
+            for name, (p, start) in self._start.items():
+                p.copy_(start if self._untouched(name) else p * self.frozen[name][0].to(p))
         self._worn, self._start = [], {}
 
 
