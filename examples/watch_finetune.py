@@ -71,9 +71,13 @@ def main() -> None:
 
     data, vocabulary = windows(text())
     torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=options.layers, n_head=4, n_embd=options.width, vocab_size=vocabulary, n_positions=LENGTH, bos_token_id=0, eos_token_id=0
-    )
+    no_dropout = {
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }  # dropout on the stream breaks its invisible mean, and the watch says so
+    sizes = {"n_layer": options.layers, "n_head": 4, "n_embd": options.width, "vocab_size": vocabulary, "n_positions": LENGTH}
+    config = GPT2Config(**sizes, **no_dropout, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
     arguments = TrainingArguments(
         output_dir=str(options.out),
