@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from parasym.core.errors import InputError
+from parasym.gallery import parameter_symmetry_unifies as unifies
+from parasym.gallery import spred as spred_gallery
+from parasym.gallery import syre as syre_gallery
+from parasym.gallery import topological_invariance as topological
+from parasym.gallery.contract import Part
 from parasym.measure.topology import bilipschitz, critical_rate, crossings, orientation_flips, pair_hessians, self_intersections
 from parasym.methods.compress import compress
 from parasym.methods.moments import compress_dataset
@@ -126,3 +131,52 @@ def test_the_critical_rate_refines_its_path_until_it_stands_still() -> None:
         assert isinstance(found.value, float) and isinstance(found.residual, float)
         assert abs(found.value - exact) <= found.residual + 1e-9 and (found.status == "ok") == (found.residual <= 1e-3 * found.value * 1.01)
         assert critical_rate(loss, cloud, nodes=1, tol=1e-12).status == "not_converged"
+
+
+# ------------------------------------------------------------------------------------------------ checks of the gallery that could not fail
+
+
+def failing(part: Part) -> list[str]:
+    return [c.claim for c in part.checks if not c.passed]
+
+
+def test_the_critical_rate_of_the_line_is_a_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = topological.LineConfig(etas=(0.3, 0.9, 1.0), steps=40, seeds=(0, 1, 2), adam=(1e-3,))
+    assert not [c for c in failing(topological.line(config)) if "if and only if" in c]
+    right = topological.Line.between
+    monkeypatch.setattr(topological.Line, "between", lambda self, w, nodes: 0.7 * right(self, w, nodes))
+    assert {c[:20] for c in failing(topological.line(config))} >= {"no crossing if and o", "K of neighbours in c"}
+
+
+def test_the_homology_of_the_ring_and_its_folds_above_1_3_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = topological.RingConfig(etas=(0.05, 0.7), steps=100)
+    assert not [c for c in failing(topological.ring(config)) if "loops" in c or "inside out" in c]
+    monkeypatch.setattr(topological, "orientation_flips", lambda jacobians: 0)
+    right = topological.barcode
+    monkeypatch.setattr(topological, "barcode", lambda cloud: right(cloud * torch.tensor([1.0, 0.05], dtype=torch.float64)))
+    found = failing(topological.ring(config))
+    assert any("loops" in c for c in found) and any("inside out" in c for c in found)
+
+
+def test_every_plateau_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = unifies.StairConfig(seeds=(0, 1, 2), scales=(1e-3, 1e-6))
+    assert not failing(unifies.stairs(config))
+    right, off = unifies.plateau_losses, torch.tensor([1.0, 1.0, 1.05, 1.0, 1.0], dtype=torch.float64)
+    monkeypatch.setattr(unifies, "plateau_losses", lambda s: right(s) * off)
+    assert any("every plateau" in c for c in failing(unifies.stairs(config)))
+
+
+def test_a_metric_that_is_the_identity_keeps_every_frame_of_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not failing(syre_gallery.identity(syre_gallery.IdentityConfig()))
+    right = syre_gallery.Syre.excess
+    monkeypatch.setattr(syre_gallery.Syre, "excess", lambda self, name: None if right(self, name) is None else 0 * right(self, name))
+    assert any("frame" in c for c in failing(syre_gallery.identity(syre_gallery.IdentityConfig())))
+
+
+def test_the_curvature_and_growth_at_zero_are_those_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = spred_gallery.LandscapeConfig(horizon=42.0)
+    assert not [c for c in failing(spred_gallery.landscape(config)) if "Hessian" in c or "near zero" in c]
+    right = spred_gallery.factored
+    monkeypatch.setattr(spred_gallery, "factored", lambda c, x, y: lambda z: 1.01 * right(c, x, y)(z))
+    found = failing(spred_gallery.landscape(config))
+    assert any("Hessian" in c for c in found) and any("near zero" in c for c in found)

@@ -44,6 +44,7 @@ class LineConfig:
     samples: int = 25
     etas: tuple[float, ...] = (0.3, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 2.0)
     steps: int = 400
+    nodes: int = 16
     own_rate: float = 0.3
     adam: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -66,6 +67,18 @@ class Line:
         h = torch.tanh(w[:, None] * self.x)
         return ((1 - h.square()) * self.x * (h.mean(0) - self.y)).mean(1)
 
+    def between(self, w: Tensor, nodes: int) -> Tensor:
+        """n Mbar of the neighbours (n - 1,) of a sorted cloud: the antisymmetric Hessian, averaged from the cloud with both exchanged
+        to the cloud. From second derivatives alone, never from the difference of two velocities (see `pair_hessians`, which agrees)."""
+        t, weights = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(nodes))
+        back = (0.5 * (1 - t))[:, None] * (w[:-1] - w[1:])  # (nodes, n - 1): how far along the way back
+        h = torch.tanh(w[:, None] * self.x)
+        hi, hj = (torch.tanh((v - sign * back)[..., None] * self.x) for v, sign in ((w[:-1], 1), (w[1:], -1)))
+        residual = h.mean(0) - self.y + (hi + hj - h[:-1] - h[1:]) / len(w)
+        si, sj = ((1 - a.square()) * self.x for a in (hi, hj))
+        hessian = (-2 * hi * si * self.x * residual + si * (si - sj) / len(w)).mean(-1)
+        return (weights / 2) @ hessian
+
     def loss(self, w: Tensor) -> float:
         """mse / 2."""
         return float((torch.tanh(w[:, None] * self.x).mean(0) - self.y).square().mean() / 2)
@@ -83,31 +96,45 @@ def _start(neurons: int, seed: int) -> Tensor:
     return torch.from_numpy(np.sort(1.5 * np.random.default_rng(seed).standard_normal(neurons)))
 
 
-def _descend(line: Line, w: Tensor, rate: float | Tensor, steps: int) -> tuple[Tensor, float, int, float]:
-    """Where it ends, the largest contraction of neighbours over all steps, crossings, and log of the product bound on gaps."""
+def _descend(line: Line, w: Tensor, rate: float | Tensor, steps: int, nodes: int) -> tuple[Tensor, float, int, float]:
+    """Where it ends, the largest rate times K of neighbours over all steps (K from Hessians), crossings, log of the product bound on gaps.
+
+    With a rate for each neuron there is no K, and crossings alone are counted.
+    """
     worst, crossed, bound = 0.0, 0, 0.0
     for _ in range(steps):
-        v = line.velocity(w)
-        order = w.argsort()
-        gap = w[order].diff()
-        use = gap > 1e-9
-        pull = float((rate * v)[order].diff()[use].div(gap[use]).max())
-        worst, bound = max(worst, pull), bound + (math.log1p(-pull) if pull < 1 else -math.inf)
-        new = w - rate * v
+        if not isinstance(rate, Tensor):
+            ordered = w.sort().values
+            pull = rate * float(line.between(ordered, nodes)[ordered.diff() > 1e-9].max())
+            worst, bound = max(worst, pull), bound + (math.log1p(-pull) if pull < 1 else -math.inf)
+        new = w - rate * line.velocity(w)
         crossed += crossings(w, new)
         w = new
     return w, worst, crossed, bound
 
 
+def _path(line: Line, w: Tensor) -> tuple[float, float]:
+    """The closed form of Mbar at the nodes of `LineConfig` and at 96 against `pair_hessians` at 96: largest difference over largest."""
+    n, index = len(w), torch.arange(len(w) - 1)
+
+    def loss(cloud: Tensor) -> Tensor:
+        return (torch.tanh(cloud * line.x).mean(0) - line.y).square().mean() / 2
+
+    exact = n * pair_hessians(loss, w[:, None], torch.stack([index, index + 1], 1), 96)[:, 0, 0]
+    coarse, fine = (float((line.between(w, k) - exact).abs().max() / exact.abs().max()) for k in (LineConfig().nodes, 96))
+    return coarse, fine
+
+
 def line(config: LineConfig) -> Part:
     """A1, A3, R2, R4, R5: the order of neurons survives exactly while eta times the contraction stays below one."""
     problem = Line.of(config.samples)
-    agree, bounds, below, above_loss, sharp, own, still, adam = ([] for _ in range(8))  # type: ignore[var-annotated]
+    agree, bounds, below, above_loss, sharp, own, still, adam, path = ([] for _ in range(9))  # type: ignore[var-annotated]
     points: list[tuple[float, int]] = []
     for seed in config.seeds:
         start = _start(config.neurons, seed)
+        path.append(_path(problem, start))
         for eta in config.etas:
-            w, worst, crossed, bound = _descend(problem, start, eta, config.steps)
+            w, worst, crossed, bound = _descend(problem, start, eta, config.steps, config.nodes)
             agree.append(float((crossed == 0) == (worst < 1)))
             points.append((worst, crossed))
             if worst < 1:
@@ -120,12 +147,14 @@ def line(config: LineConfig) -> Part:
         rates = config.own_rate * (
             1 + 0.5 * torch.randn(config.neurons, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         )
-        own.append(float(_descend(problem, start, rates, config.steps)[2]))
+        own.append(float(_descend(problem, start, rates, config.steps, config.nodes)[2]))
         still.append(_twins(problem, start, config))
         adam.append([_adam(problem, start, lr, config.steps)[0] for lr in config.adam])
     low, high = [a[0] for a in adam], [a[-1] for a in adam]
     checks = (
-        match("no crossing if and only if eta max contraction < 1: runs that agree", 1.0, agree, 0.0, source=f"{SLUG} A1"),
+        match("K of neighbours in closed form against the measure's, 96 nodes", 0.0, [p[1] for p in path], 1e-12, source=f"{SLUG} R1"),
+        match("and at the nodes used along the run", 0.0, [p[0] for p in path], 1e-6, source=f"{SLUG} R1"),
+        match("no crossing if and only if eta K < 1, K from Hessians: runs that agree", 1.0, agree, 0.0, source=f"{SLUG} A1"),
         holds("the rates lie on both sides: runs below and above", [len(below), len(above_loss)], at_least=3, source=f"{SLUG} A1"),
         holds("log of the smallest gap ratio less sum log(1 - eta_t K_t)", bounds, at_least=-1e-9, source=f"{SLUG} R2"),
         holds("above the critical rate descent is still stable: loss at the end over start", above_loss, at_most=0.5, source=f"{SLUG} R4"),
@@ -173,18 +202,24 @@ def _adam(problem: Line, start: Tensor, lr: float, steps: int) -> tuple[float, T
 
 @dataclass(frozen=True)
 class RingConfig:
-    """60 neurons on the unit circle, f = 3 mean tanh(w.x), y = tanh(1.5 x1 - .5 x2) - tanh(-.5 x1 + x2)."""
+    """60 neurons on the unit circle, f = 3 mean tanh(w.x), y = tanh(1.5 x1 - .5 x2) - tanh(-.5 x1 + x2).
+
+    ``folds``: eta K above which neurons must turn inside out; between 1 and it they may. ``loop``: length above which a bar is a loop of
+    the cloud, that of the longest one of a Gaussian blob.
+    """
 
     neurons: int = 60
     samples: int = 100
-    etas: tuple[float, ...] = (0.05, 0.1, 1.5, 2.0, 4.0)
+    etas: tuple[float, ...] = (0.05, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5, 2.0, 4.0)
     steps: int = 200
+    folds: float = 1.3
+    loop: float = 0.2
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
 def ring(config: RingConfig) -> Part:
     """A2, R3, R6: below one the step turns no neuron inside out and the ring stays a ring; above, it folds."""
-    safe, folded, torn, bars = [], [], [], []
+    safe, folded, torn, loops = [], [], [], []
     table: dict[float, list[tuple[float, int, int]]] = {eta: [] for eta in config.etas}
     drawn = []
     for seed in config.seeds:
@@ -207,8 +242,8 @@ def ring(config: RingConfig) -> Part:
             table[eta].append((eta * top, flips, crossed))
             if eta * top < 1:
                 safe += [flips, crossed]
-                bars.append(float(barcode(w).lengths(1)[:1].sum() > 0) if len(barcode(w).lengths(1)) else 0.0)
-            elif eta * top > 1.6:
+                loops.append(int((barcode(w).lengths(1) > config.loop).sum()))
+            elif eta * top > config.folds:
                 folded.append(flips)
                 torn.append(crossed)
             if seed == config.seeds[0] and eta in (config.etas[1], config.etas[-1]):
@@ -216,7 +251,10 @@ def ring(config: RingConfig) -> Part:
                 drawn.append({"name": f"eta K = {eta * top:.2g}", "x": plain(closed[:, 0]), "y": plain(closed[:, 1])})
     checks = (
         holds("eta K < 1: flips and self-intersections", safe, at_most=0, source=f"{SLUG} A2, R3"),
-        control("eta K > 1.6: neurons turned inside out", folded, at_least=1, source=f"{SLUG} A2, R3", spread=folded),
+        match(
+            f"eta K < 1: loops of the cloud at the end, longer than {config.loop:g}", 1, loops, 0.0, source=f"{SLUG} A2, R6", spread=loops
+        ),
+        control(f"eta K > {config.folds:g}: neurons turned inside out", folded, at_least=1, source=f"{SLUG} A2, R3", spread=folded),
         holds("runs below and above", [len(safe) // 2, len(folded)], at_least=len(config.seeds), source=f"{SLUG} A2"),
         control("and self-intersections, most of any run", max(torn, default=0), at_least=1, source=f"{SLUG} A2", spread=torn),
     )
@@ -430,7 +468,7 @@ ENTRY = Entry(
     presets={
         "smoke": Config(
             line=LineConfig(etas=(0.3, 0.6, 1.2, 2.0), steps=200),
-            ring=RingConfig(etas=(0.05, 0.1, 2.0), steps=100),
+            ring=RingConfig(etas=(0.05, 0.1, 0.7, 0.8, 2.0), steps=100),
             pairs=PairConfig(units=4),
             sphere=None,
         ),
