@@ -141,7 +141,7 @@ def failing(part: Part) -> list[str]:
 
 
 def test_the_critical_rate_of_the_line_is_a_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = topological.LineConfig(etas=(0.3, 0.9, 1.0), steps=40, seeds=(0, 1, 2), adam=(1e-3,))
+    config = topological.LineConfig(etas=(0.3, 1.0, 2.0), steps=40, seeds=(0, 1, 2), adam=(1e-3,))
     assert not [c for c in failing(topological.line(config)) if "if and only if" in c]
     right = topological.Line.between
     monkeypatch.setattr(topological.Line, "between", lambda self, w, nodes: 0.7 * right(self, w, nodes))
