@@ -392,8 +392,8 @@ def _reseed(plan: Spred, loss: Callable[[], Tensor]) -> int:
         pull = lift.size(slopes[n])
         stuck = (size < 1e-6 * scale) & (pull > lift.l1 * (1 + 1e-9))
         seed = -1e-3 * scale * slopes[n] / pull.clamp_min(torch.finfo(w.dtype).tiny)
-        for p, part in zip(plan.originals(n), lift.balanced(seed), strict=True):
-            p.copy_(torch.where(stuck, part, p))
+        for p, part, level in zip(plan.originals(n), lift.balanced(seed), lift.balanced(w), strict=True):
+            p.copy_(torch.where(stuck, part, level))  # the rest goes to the balanced point: the same function at least cost
         count += int(stuck.sum())
     return count
 
