@@ -58,6 +58,7 @@ class Book:
     exact: bool = False
     why: str = ""
     along: float | None = None
+    waits: bool = False  # for a step at which its metric can be told
     slack: float = 0.0
     kept: dict[str, Tensor] = field(default_factory=dict)
 
@@ -109,10 +110,32 @@ class Books:
         elif not self.sgd:
             note = f"{type(self.optimizer).__name__} has no exact law: the cross term is measured"
         else:
-            rates = {n: float(self._of(n)["lr"]) for n in names}
-            if min(rates.values()) > 0:
-                metric = {n: rates[names[0]] / r for n, r in rates.items()}
+            found = self._metric(names)
+            return Book(charge, label, where, found or metric, True, waits=found is None)
         return Book(charge, label, where, metric, not note, note)
+
+    def _metric(self, names: Sequence[str]) -> dict[str, float] | None:
+        """Inverse ratios of the groups' rates; in a warm-up from zero those of the rates it warms up to; None while they are not known."""
+        groups = [self._of(n) for n in names]
+        if all(g is groups[0] for g in groups):
+            return dict.fromkeys(names, 1.0)
+        for key in ("lr", "initial_lr"):
+            rates = [float(g.get(key) or 0.0) for g in groups]
+            if min(rates) > 0:
+                return {n: rates[0] / r for n, r in zip(names, rates, strict=True)}
+        return None
+
+    def _regroup(self) -> None:
+        """Take in groups that joined the optimiser during the run."""
+        groups = self.optimizer.param_groups
+        if len(groups) == len(self._gap):
+            return
+        self._gap = [*self._gap, *[[0.0, 0.0, 0.0] for _ in groups[len(self._gap) :]]][: len(groups)]
+        before, self._group = self._group, {id(p): i for i, g in enumerate(groups) for p in g["params"]}
+        for book in self.books:
+            new = [n for n in book.names if id(self.params[n]) in self._group and id(self.params[n]) not in before]
+            if new:
+                book.law, book.note = False, f"{new[0]} joined the optimiser during the run: the cross term is measured"
 
     def _of(self, name: str) -> dict[str, Any]:
         return self.optimizer.param_groups[self._group[id(self.params[name])]]
@@ -121,9 +144,10 @@ class Books:
 
     def skip(self) -> None:
         """A step that is not observed: keep what the prediction needs of it."""
+        self._regroup()
         self._skipped += 1
         for at, g in zip(self._gap, self.optimizer.param_groups, strict=True):
-            lr = float(g["lr"])
+            lr = _pace(g)
             at[0] += lr * float(g.get("weight_decay") or 0.0)
             at[1] += lr * lr
             at[2] += lr
@@ -136,8 +160,11 @@ class Books:
         Args:
             late_gradient: the gradient exists only inside the step (a closure): keep the weights for after it.
         """
+        self._regroup()
         self._squares = {}
         for book in self.books:
+            if book.waits and (metric := self._metric(book.names)) is not None:
+                book.metric, book.waits = metric, False
             book.exact, book.parts, book.kept, book.along = False, {}, {}, None
             book.why = book.note or ("the gradient is computed inside the step" if late_gradient else self._obstacle(book))
             theta = {n: self.params[n].detach() for n in book.names}
@@ -173,7 +200,7 @@ class Books:
         if gradients:
             push = math.sqrt(sum(self._square(n, g) for n, g in gradients.items()))
             norm = push * (1.0 if charge.kind == "linear" else math.sqrt(sum(self._square(n, at[n], "weight") for n in gradients)))
-            lr = max((float(self._of(n)["lr"]) for n in book.names if id(self.params[n]) in self._group), default=0.0)
+            lr = max((rate_of(self._of(n)) or 0.0 for n in book.names if id(self.params[n]) in self._group), default=0.0)
             book.slack = 2 * lr * norm * 32 * self.coarse
             if not book.exact:
                 along = found.pop()
@@ -255,6 +282,10 @@ class Books:
         for book in self.books:
             assert book.value is not None
             charge = book.charge
+            if book.waits:
+                book.kept, note = {}, "a learning rate is zero: the ratio that weights its parameters is not known yet"
+                rows.append(Row(book.label, book.where, "charge", math.nan, status="not_applicable", note=note))
+                continue
             at = {n: self.whole(self.params[n].detach()) for n in book.names}
             now = charge(at, book.metric)
             if not book.exact:
@@ -280,8 +311,9 @@ class Books:
         dec, move, old = {}, {}, {n: self.whole(p) for n, p in book.kept.items()}
         for n in book.names:
             dec[n] = 1.0
-            if id(self.params[n]) in self._group and decoupled(self.optimizer, group := self._of(n)):
-                dec[n] = 1 - float(group["lr"]) * float(group["weight_decay"])
+            group = self._of(n) if id(self.params[n]) in self._group else {}
+            if (lr := rate_of(group)) is not None and decoupled(self.optimizer, group):
+                dec[n] = 1 - lr * float(group["weight_decay"])
             move[n] = dec[n] * old[n] - now[n] if dec[n] != 1 else old[n] - now[n]
         charge, metric = book.charge, book.metric
         if charge.kind == "linear":
@@ -295,24 +327,25 @@ class Books:
         """Carry the prediction over the steps since the last observation, and over this one."""
         at = self._group.get(id(self.params[book.names[0]]), 0)
         group = self.optimizer.param_groups[at]
-        lr = float(group["lr"])
+        lr = _pace(group)
         power = (lr * float(group.get("weight_decay") or 0.0), lr * lr, lr)
-        rates = {k: book.parts[k] / w if w > 0 else torch.zeros_like(book.parts[k]) for k, w in zip(_PARTS, power, strict=True)}
+        rates = {k: book.parts[k] / w for k, w in zip(_PARTS, power, strict=True) if w > 0}  # a step of rate zero shows none
         if book.predicted is None:
             assert book.value is not None
             book.predicted, book.start = book.value.clone(), book.value.clone()
         elif self._skipped:
             spread = 0.0
             for k, total in zip(_PARTS, self._gap[at], strict=True):
-                before = book.rates.get(k, rates[k])
-                book.predicted = book.predicted + total * 0.5 * (before + rates[k])
-                spread += total * book.mean(rates[k] - before)
+                sides = [side[k] for side in (book.rates, rates) if k in side]
+                if sides:
+                    book.predicted = book.predicted + total * (sides[0] + sides[-1]) / 2
+                    spread += total * book.mean(sides[-1] - sides[0])
             # an observed rate of spread s stands for its neighbourhood: variance s^2, and E (difference)^2 = 2 s^2; with momentum this
             # is more than the truth, because what inertia adds at one step it takes back at the next
             book.variance += 0.5 * spread**2
         for k in _PARTS:
             book.predicted = book.predicted + book.parts[k]
-        book.rates = rates
+        book.rates = {**book.rates, **rates}
 
     def _rows(self, book: Book, now: Tensor) -> list[Row]:
         assert book.predicted is not None and book.start is not None and book.value is not None
@@ -322,6 +355,8 @@ class Books:
         eps = max(torch.finfo(self.params[n].dtype).eps for n in book.names)
         limit = eps * 32 * book.size + book.slack
         notes = [book.why] if book.why else []
+        if any(id(self.params[n]) in self._group and rate_of(self._of(n)) is None for n in book.names):
+            notes.append("its optimiser states no learning rate: every step counts alike")
         if book.charge.approximate:
             notes.append("its symmetry holds up to the eps of a norm")
         if any(m != 1 for m in book.metric.values()):
@@ -369,7 +404,9 @@ class Books:
             return []
         if any(id(self.params[n]) not in self._group for n in book.names):
             return []
-        lr = float(self._of(book.names[0])["lr"])
+        lr = rate_of(self._of(book.names[0]))
+        if lr is None:
+            return []
         each = lr / now.clamp_min(1e-300)
         note = f"eta / |w|^2, median of {each.numel()}; from {float(each.min()):.2e} to {float(each.max()):.2e}"
         return [Row("effective learning rate", book.where, "rate", float(each.median()), note=note)]
@@ -397,6 +434,18 @@ class Books:
             b.metric, b.seen, b.violations, b.size = dict(s["metric"]), s["seen"], s["violations"], s["size"]
         if len(gap) == len(self._gap):
             self._gap, self._skipped = [list(g) for g in gap], skipped
+
+
+def rate_of(group: Mapping[str, Any]) -> float | None:
+    """A group's learning rate; None where its optimiser states none."""
+    lr = group.get("lr")
+    return None if lr is None else float(lr)
+
+
+def _pace(group: Mapping[str, Any]) -> float:
+    """What a step counts for in the prediction: its rate, or 1 where none is stated."""
+    lr = rate_of(group)
+    return 1.0 if lr is None else lr
 
 
 def _index(vectors: Sequence[Params], vector: Params) -> int:

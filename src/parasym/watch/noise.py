@@ -83,12 +83,13 @@ class MicroNoise:
         self._first: dict[int, Tensor] = {}
         self._last: dict[int, Tensor] = {}
         self._count: dict[int, int] = {}
+        self._version: dict[int, int] = {}  # of the gradient: accumulating adds one to it
         self.pairs: deque[tuple[float, float]] = deque(maxlen=_KEPT)
 
     def arm(self, params: Sequence[Tensor]) -> None:
         """Listen to the next step's backward passes."""
         self.disarm()
-        self._first, self._last, self._count = {}, {}, {}
+        self._first, self._last, self._count, self._version = {}, {}, {}, {}
         for i, p in enumerate(params):
             if p.requires_grad and p.is_leaf:
                 self._handles.append(p.register_post_accumulate_grad_hook(self._listener(i)))
@@ -101,13 +102,16 @@ class MicroNoise:
             try:
                 with self._timed():
                     square = p.grad.double().square().sum()
+                    version = p.grad._version
             except Exception:  # no error of ours may end a backward pass; the counts no longer agree, so nothing is reported
                 self._count[i] = -1
                 return
-            if self._count.get(i, 0) == 0:
+            count = self._count.get(i, 0)
+            if count > 0 and version != self._version[i] + 1:
+                count = 0  # the gradient was reset or replaced since: what came before belongs to no step of this optimiser
+            if count == 0:
                 self._first[i] = square
-            self._last[i] = square
-            self._count[i] = self._count.get(i, 0) + 1
+            self._last[i], self._version[i], self._count[i] = square, version, count + 1
 
         return listen
 

@@ -27,14 +27,14 @@ from parasym.core.functional import functional
 from parasym.core.guards import rng_state
 from parasym.laws.charges import Charge
 from parasym.measure.gradients import LossFn
-from parasym.watch.books import Books
+from parasym.watch.books import Books, rate_of
 from parasym.watch.budget import NEVER, Budget, Meter
 from parasym.watch.finding import Found, few, find, is_sharded, whole
 from parasym.watch.noise import MicroNoise, PairNoise
 from parasym.watch.noise import restore as restore_pairs
 from parasym.watch.probe import COLLAPSED, collapse_rows, collapse_summary, remedy_of, sample_rows, sharpness_rows
 from parasym.watch.record import Alert, Record, Row
-from parasym.watch.sinks import Sink, Sinks
+from parasym.watch.sinks import Sink, Sinks, ready
 
 log = logging.getLogger("parasym")
 
@@ -45,6 +45,7 @@ _SHARES = {"core": 0.7, "noise": 0.05, "samples": 0.05, "collapse": 0.1, "sharpn
 _PRIORS = {"core": 0.0, "noise": 0.2, "samples": 5.0, "collapse": 10.0, "sharpness": 60.0}  # in steps, until one was timed
 _REPLAN = 8  # steps between two looks at the plan
 _FAR = 200  # ranks meet at least so often, to plan anew
+_HARMLESS = ("closing", "a sink", "reading the first batch")  # what may fail without ending the watch
 _CAPTURED = 32  # samples kept of the first batch
 _DATA_COLLAPSE = 3_000_000  # parameters up to which collapse is measured on data
 
@@ -96,11 +97,11 @@ class Watch:
         self._line_search = isinstance(optimizer, torch.optim.LBFGS)
         self._inner = functional(model, values=False).model
         self._params = _live(self._inner)
-        self._trained = [p for g in optimizer.param_groups for p in g["params"]]
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._sharded = any(is_sharded(p) for p in self._params.values())
         self._distributed = several and (self._sharded or type(model).__name__ == "DistributedDataParallel")  # ranks step together
         self._rank = dist.get_rank() if several else 0
+        self._meets = self._distributed  # ranks agree on the plan; no longer once they step apart (``join``)
         self._idle = self._rank > 0 and not self._sharded  # replicas: the first rank sees all there is
         self._mine: float | None = None
         self._agreed: float | None = None
@@ -120,9 +121,10 @@ class Watch:
             m.next = step + 1 if not m.prior or budget is None else step + 3
         self.budget = Budget(budget, meters)
         self.budget.start = step
+        made = ready(sinks) if self._rank == 0 else []  # before there is a record: a name that is wrong leaves none behind
         self.record = self._open_record(path, resume, step, meta) if self._rank == 0 else None
         folder = self.record.path.parent if self.record is not None else Path()
-        self.sinks = Sinks(sinks if self._rank == 0 else (), {**self._facts(), **dict(meta or {})}, folder, step)
+        self.sinks = Sinks(made, {**self._facts(), **dict(meta or {})}, folder, step)
         self._capture_next()
         pre, post = torch.compiler.disable(self._pre), torch.compiler.disable(self._post)
         self._hooks = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
@@ -179,6 +181,8 @@ class Watch:
 
     def _missed(self) -> None:
         """Say which measurements the budget never allowed."""
+        if self._silent or self.budget.share is None:
+            return
         for name, m in self.budget.meters.items():
             if m.active and not m.times and self.step > self.started:
                 cost = m.cost(self.budget.step_time)
@@ -207,7 +211,7 @@ class Watch:
         handle, self._capture = self._capture, None
         if handle is not None:
             handle.remove()
-        with self._safely("reading the first batch"), torch.no_grad():
+        with self._safely("reading the first batch"), torch.inference_mode(False), torch.no_grad():
             kinds = {p.device.type for p in self._params.values()}
             self._coarse = max([_eps(torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)], default=0.0)
             self._captured = few(args, kwargs, _CAPTURED)
@@ -215,6 +219,8 @@ class Watch:
     def _pre(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.closed or self._gone:
             return None
+        if self._meets and getattr(getattr(self.model, "_join_config", None), "enable", False):
+            self._meets = False  # ranks may run out of data: an exchange of ours would meet a shadowed one, also afterwards
         self._due = ()
         closure = next((a for a in (*args, *kwargs.values()) if callable(a) and not isinstance(a, torch.optim.Optimizer)), None)
         if closure is None or self._line_search:
@@ -238,12 +244,13 @@ class Watch:
                     self._rows += self._pairs.compare(self._trained, self._unit())
                     self._micro_rows()
                 self.budget.finished("noise", self.step)
-            if not self._due:
-                if self._books is not None:
-                    self._books.skip()
-                return
             with rng_state():
-                self._before(late)
+                if self._books is None and self._stored is not None:
+                    self._prepare()  # of a resumed run: its predictions go on from its first step
+                if self._due:
+                    self._before(late)
+                elif self._books is not None:
+                    self._books.skip()
 
     def _before(self, late: bool) -> None:
         """The first half of what is due, before the step; ``late``: its gradient comes from a closure inside the step."""
@@ -302,12 +309,13 @@ class Watch:
                 with self._safely("after the step"), rng_state():
                     self._after()
         if not (self._due or self._rows or self._alerts):
-            if self.step % _REPLAN == 0 and not self._distributed:  # first guesses of costs and times do not stand for long
-                self.budget.plan(self.step)
+            if self.step % _REPLAN == 0 and not self._meets:  # first guesses of costs and times do not stand for long
+                with self._safely("planning"):
+                    self.budget.plan(self.step)
             return
         with self.budget.hook(), torch.no_grad():
             due, self._due = self._due, ()
-            if self._distributed and due:
+            if self._meets and due:
                 self._agree()  # also when this rank failed: the others wait for it
             if not self._silent:
                 with self._safely("planning"):
@@ -317,7 +325,11 @@ class Watch:
     @property
     def _gone(self) -> bool:
         """Whether watching has failed, and every rank knows it."""
-        return self._silent and (self._told or not self._distributed)
+        return self._silent and (self._told or not self._meets)
+
+    @property
+    def _trained(self) -> list[Tensor]:
+        return [p for g in self.optimizer.param_groups for p in g["params"]]
 
     # -- what is measured --------------------------------------------------------------------------------------------------------
 
@@ -417,7 +429,8 @@ class Watch:
             if not math.isfinite(value):
                 self._not_finite(f"the {name}")
         for i, g in enumerate(self.optimizer.param_groups):
-            self._rows.append(Row("learning rate", f"group {i}", "rate", float(g["lr"])))
+            if (lr := rate_of(g)) is not None:
+                self._rows.append(Row("learning rate", f"group {i}", "rate", lr))
 
     def _micro_rows(self) -> None:
         if self._micro.armed:
@@ -460,14 +473,27 @@ class Watch:
         values, self._loss = self._loss, {}
         rows = []
         for name in sorted(values):
-            value = float(values[name])
-            if name == "loss" and self._distributed:
+            value = self._number(name, values[name])
+            if value is None:
+                continue
+            if name == "loss" and self._meets:
                 self._mine = value  # averaged over ranks when they meet
                 continue
             rows.append(Row(name, "", "loss", value, status="ok" if math.isfinite(value) else "not_converged"))
             if not math.isfinite(value):
                 self._not_finite(name)
         return rows
+
+    def _number(self, name: str, given: Any) -> float | None:
+        """A logged value as a number; one that is none is left out, with one alert."""
+        try:
+            return float(given)
+        except (TypeError, ValueError, RuntimeError):
+            if f"log {name}" not in self._warned:
+                self._warned.add(f"log {name}")
+                what = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{given!r}"[:80]
+                self._tell("warn", "", f"log({name}=...) got {what}, which is no number: it is left out", "hand over one number", "log")
+            return None
 
     def _collapse(self) -> None:
         assert self.found is not None
@@ -523,20 +549,13 @@ class Watch:
 
     def _agree(self) -> None:
         """One exchange between the ranks for each observed step: the loss, the first rank's plan, and whether all are well."""
-        if not self._rank and not self._silent:
-            self.budget.plan(self.step)
         meters = self.budget.meters
-        loss = self._loss.pop("loss", None) if self._idle else self._mine
-        mine = [float(self._silent), 0.0 if loss is None else 1.0, 0.0 if loss is None else float(loss)]
-        ahead = [float(m.next - self.step) if m.active else -1.0 for m in meters.values()]
-        if meters["core"].active:
-            ahead[0] = min(ahead[0], float(_FAR))
+        numbers = [1.0, *[0.0] * (2 + len(meters))]  # of a rank that failed: the others wait for it all the same
+        if not self._silent:
+            with self._safely("planning"):
+                numbers = self._message()
         device = next(iter(self._params.values())).device
-        sent = torch.tensor(
-            [*mine, *(ahead if not self._rank else [0.0] * len(ahead))],
-            dtype=torch.float32 if device.type == "mps" else torch.float64,
-            device=device,
-        )
+        sent = torch.tensor(numbers, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         dist.all_reduce(sent)
         failed, losses, total, *plan = sent.tolist()
         self._silent = self._told = self._silent or failed > 0
@@ -544,9 +563,23 @@ class Watch:
         for m, wait in zip(meters.values(), plan, strict=True):
             m.next = self.step + int(wait) if wait > 0 else NEVER
 
+    def _message(self) -> list[float]:
+        """What this rank says: 0 (all is well), whether it has a loss, the loss, and of the first rank the steps to each measurement."""
+        given = self._loss.pop("loss", None) if self._idle else self._mine
+        loss = None if given is None else self._number("loss", given)
+        mine = [0.0, 0.0 if loss is None else 1.0, loss or 0.0]
+        meters = self.budget.meters
+        if self._rank:
+            return [*mine, *[0.0] * len(meters)]
+        self.budget.plan(self.step)
+        ahead = {n: float(m.next - self.step) if m.active else -1.0 for n, m in meters.items()}
+        if meters["core"].active:
+            ahead["core"] = min(ahead["core"], float(_FAR))
+        return [*mine, *ahead.values()]
+
     def _plan(self, due: Sequence[str]) -> None:
         """Say when to look again, and what it costs."""
-        if not self._distributed:
+        if not self._meets:
             self.budget.plan(self.step)
         meters = self.budget.meters
         if self._agreed is not None:
@@ -618,23 +651,37 @@ class Watch:
 
     @contextmanager
     def _safely(self, what: str) -> Iterator[None]:
-        """Whatever goes wrong in watching ends the watching, with one warning, and not the training."""
+        """Whatever goes wrong in watching ends the watching, with one warning, and not the training; `_HARMLESS` ends only itself."""
         try:
             yield
         except Exception as error:
-            self._silent = what not in ("closing", "a sink", "reading the first batch")
-            self._rows = []
-            self._micro.disarm()
-            self._pairs.drop()
-            text = f"failed {what}, and stops watching; training goes on: {type(error).__name__}: {error}"
-            self._alerts.append((self.step, "warn", "", f"parasym.watch {text}"[:500], "", "failed"))
-            self._warn("failed", text)
+            ends = what not in _HARMLESS
+            text = f"failed {what}{', and stops watching; training goes on' if ends else ''}: {type(error).__name__}: {error}"
+            self._alerts.append((self.step, "warn", "", f"parasym.watch {text}"[:500], "", "failed" if ends else "watch"))
+            self._warn("failed" if ends else what, text)
             log.debug("watch failed", exc_info=True)
+            if ends:
+                self._silent, self._rows = True, []
+                self._micro.disarm()
+                self._pairs.drop()
+                self._flush_failure()
+
+    def _flush_failure(self) -> None:
+        """Write why watching ended at once: nothing is written after it, and the process may be killed."""
+        try:
+            self._flush()
+        except Exception:  # what failed may be the writing itself
+            log.debug("the failure was not written", exc_info=True)
 
     def _squares(self, tensors: Sequence[Tensor]) -> list[float]:
         """Squared norms, in one transfer."""
-        wide = torch.float32 if any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors) else None
-        norms = torch._foreach_norm(list(tensors)) if wide is None else torch._foreach_norm(list(tensors), dtype=wide)
+        norms: list[Tensor] = list(tensors)
+        for low in (True, False):
+            at = [i for i, t in enumerate(tensors) if (t.dtype in (torch.float16, torch.bfloat16)) is low]
+            held = [tensors[i] for i in at]
+            if held:
+                for i, n in zip(at, torch._foreach_norm(held, dtype=torch.float32) if low else torch._foreach_norm(held), strict=True):
+                    norms[i] = n
         return [float(n) ** 2 for n in self._numbers(norms)]
 
     def _sum(self, parts: Sequence[Tensor]) -> float:
@@ -667,7 +714,8 @@ class Watch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`; to be called before the first step, beside the optimiser's.
+        """Go on from `state_dict`; to be called before the first step, beside the optimiser's, and on every rank: ranks observe the
+        same steps.
 
         Raises:
             InputError: it is not the state of a watch.

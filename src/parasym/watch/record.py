@@ -434,7 +434,10 @@ class Record:
     @property
     def meta(self) -> dict[str, Any]:
         """The facts about the run."""
-        return {key: json.loads(value) for key, value in self._read("SELECT key, value FROM meta ORDER BY key")}
+        try:
+            return {key: json.loads(value) for key, value in self._read("SELECT key, value FROM meta ORDER BY key")}
+        except (ValueError, TypeError) as error:
+            raise RecordError(f"{self.path} cannot be read: its facts are damaged ({error}). Restore it from a copy.") from error
 
     @property
     def last_step(self) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import queue
 import re
 import threading
@@ -22,6 +23,8 @@ from parasym.core.errors import InputError, MissingExtraError
 from parasym.core.guards import rng_state
 from parasym.core.results import plain
 from parasym.watch.record import Alert, Row
+
+log = logging.getLogger("parasym")
 
 QUEUE = 4096
 """Writes that may wait for slow sinks; what comes after is left out of them, with a warning."""
@@ -58,7 +61,7 @@ class Sinks:
     """
 
     def __init__(self, sinks: Sequence[Sink | str], meta: Mapping[str, Any], folder: Path, step: int = 0) -> None:
-        self._sinks = [_make(sink) for sink in sinks]
+        self._sinks = ready(sinks)
         self._queue: queue.Queue[tuple[str, tuple[Any, ...]] | None] = queue.Queue(QUEUE)
         self._failures: list[str] = []
         self._left_out = 0
@@ -127,7 +130,10 @@ class Sinks:
         """Warn on the caller's thread, not on the one that feeds the sinks."""
         failures, self._failures = self._failures, []
         for failure in failures:
-            warnings.warn(failure, RuntimeWarning, stacklevel=4)
+            try:
+                warnings.warn(failure, RuntimeWarning, stacklevel=4)
+            except RuntimeWarning:  # warnings are errors here, and no error of a sink may reach the training loop
+                log.warning("watch: %s", failure)
         return failures
 
 
@@ -308,6 +314,16 @@ def _sentence(alert: Alert) -> str:
 
 
 _BY_NAME = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+
+
+def ready(sinks: Sequence[Sink | str]) -> list[Sink]:
+    """The sinks themselves, nothing begun.
+
+    Raises:
+        InputError: a name is unknown, or an object is no sink.
+        MissingExtraError: the package a sink needs is not installed.
+    """
+    return [_make(sink) for sink in sinks]
 
 
 def _make(sink: Sink | str) -> Sink:

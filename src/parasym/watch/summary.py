@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from parasym.core.errors import RecordError
 from parasym.report import words
 from parasym.watch.record import Record, Segment, Series
 
@@ -75,6 +76,8 @@ def summarise(
 
 def state(segments: Sequence[Segment]) -> str:
     """ "running", "killed" (its process is gone), or what ended the run."""
+    if not segments:
+        raise RecordError("The record is damaged: it has no segment, which every run writes first. Restore it from a copy.")
     last = segments[-1]
     return last.outcome or "ended" if last.ended is not None else "killed" if last.killed else "running"
 
@@ -86,6 +89,7 @@ def charges(series: Iterable[Series]) -> list[dict[str, Any]]:
     since it was first measured (or, where it did not move, to its size). "follows" allows `WITHIN` of that, or `STANDARD_ERRORS`; or
     whatever accumulates where every single step was observed and obeyed the law to round-off. Rows called "CHARGE: DETAIL" at the
     same place belong to that charge; a detail "prediction error" is the error of all its numbers together, and counts where it is there.
+    Where no law was used and no step went unobserved, nothing was predicted that was not measured: "follows" is None.
     """
     known = list(series)
     main = [item for item in known if detail_of(item, known) is None]
@@ -119,7 +123,8 @@ def _charge(item: Series, details: Sequence[Series]) -> dict[str, Any]:
     violated = any("violated" in other.status for other in (item, *details))
     steps = [other for other in details if other.name.endswith(": residual of the step")]
     exact = spread is None and bool(steps) and not violated  # every step was looked at and did what the law says: the rest is round-off
-    follows = None if error is None else exact or error <= WITHIN or (spread is not None and spread <= STANDARD_ERRORS)
+    judged = error is not None and ("ok" in item.status or bool((item.stderr > 0).any()))  # else what is predicted is what was measured
+    follows = None if error is None or not judged else exact or error <= WITHIN or (spread is not None and spread <= STANDARD_ERRORS)
     return {
         "name": item.name,
         "where": item.where,
@@ -189,11 +194,14 @@ def verdict(found: Mapping[str, Any]) -> dict[str, Any]:
     broken = [item for item in found["charges"] if item["violated"]]
     off = [item for item in judged if not item["follows"]]
     high = [item for item in found["alerts"] if item["severity"] == "high"]
+    ended = [item for item in found["alerts"] if item["kind"] == "failed"]
     lost = sum(item["lost"] for item in found["loss"])
     if high:
         worries.append(
             f"{high[-1]['message']}" + (f" (and {len(high) - 1} more {_plural(len(high) - 1, 'alert')})" if len(high) > 1 else "")
         )
+    if ended:
+        worries.append(f"watching ended at step {words.number(ended[-1]['step'])}: {ended[-1]['message']}")
     if lost and not any(item["kind"] == "nan" for item in high):
         worries.append(f"the loss was not finite at {lost} observed {_plural(lost, 'step')}")
     if broken:
