@@ -249,7 +249,7 @@ def test_hugging_face_trainer_resumes_from_its_checkpoint(tmp_path: Path) -> Non
 def test_hugging_face_trainer_with_charges_found_on_a_gpt(tmp_path: Path) -> None:
     from parasym.watch.huggingface import WatchCallback
 
-    hf_trainer(gpt(), tmp_path, [WatchCallback(budget=None)], max_steps=12).train()
+    hf_trainer(gpt(), tmp_path, [WatchCallback(budget=None, measure=("core",))], max_steps=12).train()
     with Record.open(tmp_path) as record:
         names = " ".join(item["name"] for item in record.meta["charges"])
         for part in ("query against key", "writer and reader", "norm gain"):
