@@ -20,6 +20,9 @@ from typer.testing import CliRunner
 from parasym.cli import app
 from parasym.core.errors import InputError
 from parasym.gallery import entries
+from parasym.gallery import runner as runner_module
+from parasym.gallery import sweep as sweep_module
+from parasym.gallery.contract import Part, match
 from parasym.gallery.store import Cells
 from parasym.gallery.sweep import Diagram, Quantity, Sweep, cell_seed, offered, page, parse_axis, parse_setting, sweep, sweep_of
 
@@ -93,6 +96,69 @@ def test_an_error_of_the_cell_is_the_cells_and_what_was_done_is_kept(tmp_path: P
     store.close()
 
 
+def picky(config: Square) -> dict[str, dict[str, float]]:
+    """Fails at x = 3, in its own words or in those of Python."""
+    if config.x == 3.0:
+        raise InputError("x is 3") if config.n == 1 else ZeroDivisionError("by x - 3")
+    return square(config)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_arrived_before_an_error_is_kept_and_the_error_names_its_cell(tmp_path: Path, workers: int) -> None:
+    store, axes = tmp_path / "c.sqlite", {"x": (0.0, 1.0, 2.0, 3.0)}
+    with pytest.raises(InputError, match=r"the cell x 3.0, n 1, .*: x is 3"):
+        sweep("s", dataclasses.replace(SQUARE, cell=picky), axes, store=str(store), workers=workers)
+    if workers == 1:  # with two, the error may come first
+        assert count(store) == 3
+        with pytest.raises(RuntimeError, match=r"the cell x 3.0, n 2, .*ZeroDivisionError: by x - 3"):
+            sweep("s", dataclasses.replace(SQUARE, cell=picky), axes, {"n": 2})
+
+
+def test_two_that_fill_one_store_at_once_give_the_same_bytes(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    axes, store = {"x": tuple(np.linspace(0, 4, 200))}, str(tmp_path / "c.sqlite")
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: text(sweep("s", SQUARE, axes, store=store)), range(2)))
+    assert found[0] == found[1] == text(sweep("s", SQUARE, axes)) and count(Path(store)) == 200
+
+
+def test_a_full_disk_says_so_and_loses_nothing_that_was_kept(tmp_path: Path) -> None:
+    store = Cells(tmp_path / "c.sqlite")
+    store.put({"a": 1})
+    store.connection.execute("PRAGMA max_page_count=4")
+    with pytest.raises(InputError, match=r"c.sqlite cannot hold finished cells: database or disk is full"):
+        store.put({"b": "x" * 100_000})
+    assert store.get(["a", "b"]) == {"a": 1}
+    store.close()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot hold finished cells"):
+        Cells(tmp_path / "file" / "c.sqlite")
+
+
+def test_other_versions_are_other_cells_and_a_worker_that_has_them_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = runner_module.provenance()
+    monkeypatch.setattr(runner_module, "_version", lambda name: "0.0" if name == "numba" else "1.0")
+    without = runner_module.provenance.__wrapped__()
+    monkeypatch.setattr(runner_module, "_version", lambda name: "absent" if name == "numba" else "1.0")
+    assert len({here, without, runner_module.provenance.__wrapped__()}) == 3
+    run = sweep_module._run
+    monkeypatch.setattr(sweep_module, "_run", lambda cell, chunk: (run(cell, chunk)[0], without))
+    with pytest.raises(InputError, match=r"a worker runs another"):
+        sweep("s", SQUARE)
+
+
+def test_cells_without_a_measurement_are_counted_against_the_theory() -> None:
+    def lossy(config: Square) -> dict[str, dict[str, float]]:
+        found = square(config)
+        return {**found, "q": {**found["q"], "diverged": 7, **({"measured": float("nan")} if config.x == 1.0 else {})}}
+
+    swept = sweep("s", dataclasses.replace(SQUARE, cell=lossy), {"x": (0.0, 1.0, 3.0, 4.0)})
+    side = swept.agreement(SQUARE.quantities[0])
+    assert side is not None and side["share"] == 0.75 and side["void"] == 1 and side["cells"] == 4
+    assert swept.diverged == 28 and json.loads(text(swept))["diverged"] == 28
+
+
 def test_axes_and_settings_are_read_or_refused() -> None:
     assert parse_axis("eta=0.1,0.2") == ("eta", (0.1, 0.2))
     assert parse_axis("eta=0:1:3") == ("eta", (0.0, 0.5, 1.0))
@@ -105,6 +171,9 @@ def test_axes_and_settings_are_read_or_refused() -> None:
         sweep("s", SQUARE, {"y": (1.0,)})
     with pytest.raises(InputError, match=r"n takes whole numbers, not 1.5"):
         sweep("s", SQUARE, {"n": (1.5,)})
+    for never in ("NaN", "Infinity"):
+        with pytest.raises(InputError, match=r"(x|n) takes finite numbers, not"):
+            sweep("s", SQUARE, {"seed": (0, 1)}, dict([parse_setting(f"x={never}")]))
     with pytest.raises(InputError, match=r"name takes str"):
         sweep("s", SQUARE, {"n": (1,)}, {"name": 3})
     with pytest.raises(InputError, match=r"x is swept and set"):
@@ -140,6 +209,14 @@ def test_any_experiment_can_be_swept() -> None:
     swept = sweep_of(entries()["law-of-balance"], "law")
     found = sweep("law-of-balance", swept, {"eta": (0.02, 0.03)}, {"seeds": [0, 1, 2]})
     assert found.values("passed").tolist() == [1.0, 1.0] and (found.values("margin") < 1).all()
+    with pytest.raises(InputError, match=r"seeds takes whole numbers, not 0.5"):
+        sweep("law-of-balance", swept, {"eta": (0.02,)}, {"seeds": [0.5]})
+
+
+def test_an_error_that_is_no_number_is_not_hidden_behind_one_that_is() -> None:
+    checks = (match("fine", 1.0, 1.0, 0.1, source="s"), match("lost", 1.0, float("nan"), 0.1, source="s"))
+    found = sweep_module._experiment_cell(lambda config: Part(checks), None)
+    assert found["passed"]["measured"] == 0.5 and np.isnan(found["margin"]["measured"])
 
 
 @pytest.mark.parametrize(("slug", "settings"), [("probabilistic-stability", {}), ("sgd-local-maxima", {})])
@@ -230,7 +307,7 @@ def test_dask_gives_the_same_bytes() -> None:
 
 @pytest.mark.slow
 def test_a_ray_cluster_of_two_nodes_with_a_worker_killed_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two nodes with a processor each; one worker is killed by its own cell, then a whole node is taken away."""
+    """Two nodes with a processor each; one worker is killed by its own cell."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 

@@ -486,10 +486,13 @@ def _show_sweep(found: Any) -> None:
     table = _table("quantity", "measured", "boundary", "cells on the predicted side", right={"cells on the predicted side"})
     for q in found.quantities:
         seen, side = found.values(q.name), found.agreement(q)
-        low, high = (words.number(float(v)) for v in (seen.min(), seen.max()))
-        share = f"{words.percent(side['share'])} of {side['cells']:,}" if side else ""
-        table.add_row(q.title, f"{low} to {high}", "" if q.level is None else words.number(q.level), share)
+        numbers = seen[seen == seen]
+        extent = " to ".join(words.number(float(v)) for v in (numbers.min(), numbers.max())) if numbers.size else "nothing"
+        share = f"{words.percent(side['share'])} of {side['cells']:,} (by chance {words.percent(side['chance'])})" if side else ""
+        table.add_row(q.title, extent, "" if q.level is None else words.number(q.level), share)
     console.print(table)
+    if found.diverged:
+        console.print(Text(f"{found.diverged:,} replicas left the range of numbers; each cell says how many (--json)"))
 
 
 def _known_paper(room: Any, slugs: Sequence[str]) -> None:

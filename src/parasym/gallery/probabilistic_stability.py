@@ -569,8 +569,10 @@ def origin_cell(config: OriginCell) -> dict[str, dict[str, float]]:
     seen = Ensemble(system, config.replicas, params, cell_seed(config)).run(config.steps, [Average()])[0]
     value, error = np.asarray(seen.value, float), np.asarray(seen.stderr if seen.stderr is not None else [math.nan] * 2, float)
     theory = two_layer_exponents(Discrete((1.0, config.a)), config.eta, config.S)
+    lost = seen.details["diverged"]
     return {
-        name: {"predicted": theory[k], "measured": float(value[k]), "stderr": float(error[k])} for k, name in enumerate(("plus", "minus"))
+        name: {"predicted": theory[k], "measured": float(value[k]), "stderr": float(error[k]), "diverged": lost}
+        for k, name in enumerate(("plus", "minus"))
     }
 
 

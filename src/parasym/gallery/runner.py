@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import inspect
 import os
 import platform
@@ -62,13 +63,29 @@ def run_entry(
 
 
 def cell_key(experiment: Experiment, cell: Any, name: str) -> str:
-    """The hash a finished experiment is stored under: its name, its config, the code it runs and the torch version."""
-    return digest({"name": name, "config": to_plain(cell), "code": code_key(experiment), "torch": torch.__version__})
+    """The hash a finished experiment is stored under: its name, its config, the code it runs and `provenance`."""
+    return digest({"name": name, "config": to_plain(cell), "code": code_key(experiment)})
 
 
 def code_key(function: Callable[..., Any]) -> list[str]:
-    """What a function's numbers depend on besides its config: the source of its module and of the library."""
-    return [inspect.getsource(inspect.getmodule(function) or function), _library_digest()]
+    """What a function's numbers depend on besides its config: the source of its module, and `provenance`."""
+    return [inspect.getsource(inspect.getmodule(function) or function), provenance()]
+
+
+@functools.cache
+def provenance() -> str:
+    """Hash of what computes the numbers in this process: the library's source, and the versions of what it computes with.
+
+    Without numba the simulator runs on another engine with other random numbers, so that it is absent counts too.
+    """
+    return digest({"library": _library_digest(), **{name: _version(name) for name in ("torch", "numpy", "scipy", "numba")}})
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 @functools.cache

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import sqlite3
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +53,30 @@ class Store:
         return record["content"]
 
     def put(self, key: str, content: Any) -> Path:
-        """Store a JSON-ready value under ``key``, whole or not at all."""
+        """Store a JSON-ready value under ``key``, whole or not at all.
+
+        Raises:
+            InputError: it cannot be written (the disk is full, the directory is read-only); what was stored before stays.
+        """
         record = json.dumps({"key": key, "sha256": digest(content), "content": content}, allow_nan=False)
+        try:
+            self._write(self.path(key), record)
+        except OSError as error:
+            raise InputError(f"a finished experiment cannot be kept in {self.directory}: {error}") from error
+        return self.path(key)
+
+    def _write(self, path: Path, record: str) -> None:
         handle, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=self.directory)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(record)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).replace(self.path(key))
+            Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
         self._flush_directory()
-        return self.path(key)
 
     def _flush_directory(self) -> None:
         if os.name != "posix":
@@ -83,41 +94,63 @@ class Store:
 class Cells:
     """Many small results in one SQLite file (write-ahead log): what `put` returned from survives a kill at any moment.
 
+    Several processes may fill one file at once: two that finish the same cell write the same row.
+
     Args:
         file: made if it is not there; ":memory:" keeps nothing.
 
     Raises:
-        InputError: the file is something else.
+        InputError: the file is something else, or cannot be written.
     """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.file = str(file)
-        if self.file != ":memory:":
-            Path(self.file).parent.mkdir(parents=True, exist_ok=True)
-        self.connection = sqlite3.connect(self.file, timeout=30.0)
         try:
-            self.connection.execute("PRAGMA journal_mode=WAL")
-            self.connection.execute("PRAGMA synchronous=FULL")
-            self.connection.execute("CREATE TABLE IF NOT EXISTS cells (key TEXT PRIMARY KEY, content TEXT NOT NULL) WITHOUT ROWID")
-        except sqlite3.DatabaseError as error:
+            if self.file != ":memory:":
+                Path(self.file).parent.mkdir(parents=True, exist_ok=True)
+            self.connection = sqlite3.connect(self.file, timeout=30.0)
+        except (OSError, sqlite3.Error) as error:
+            raise InputError(f"{self.file} cannot hold finished cells: {error}") from error
+        try:
+            with self._explained():
+                self.connection.execute("PRAGMA journal_mode=WAL")
+                self.connection.execute("PRAGMA synchronous=FULL")
+                self.connection.execute("CREATE TABLE IF NOT EXISTS cells (key TEXT PRIMARY KEY, content TEXT NOT NULL) WITHOUT ROWID")
+        except InputError:
             self.connection.close()
-            raise InputError(f"{self.file} is not a store of cells ({error}): give another file, or move it away") from error
+            raise
 
     def get(self, keys: Sequence[str]) -> dict[str, Any]:
         """What is kept of ``keys``."""
         out: dict[str, Any] = {}
-        for low in range(0, len(keys), 500):
-            some = keys[low : low + 500]
-            marks = ",".join("?" * len(some))
-            out |= {k: json.loads(c) for k, c in self.connection.execute(f"SELECT key, content FROM cells WHERE key IN ({marks})", some)}
+        with self._explained():
+            for low in range(0, len(keys), 500):
+                some = keys[low : low + 500]
+                marks = ",".join("?" * len(some))
+                found = self.connection.execute(f"SELECT key, content FROM cells WHERE key IN ({marks})", some)
+                out |= {key: json.loads(content) for key, content in found}
         return out
 
     def put(self, cells: Mapping[str, Any]) -> None:
-        """Keep JSON-ready results, all of them or none."""
+        """Keep JSON-ready results, all of them or none.
+
+        Raises:
+            InputError: they cannot be written (the disk is full, the file is locked for good); what was kept before stays.
+        """
         rows = [(key, json.dumps(content, allow_nan=False)) for key, content in cells.items()]
-        with self.connection:
+        with self._explained(), self.connection:
             self.connection.executemany("INSERT OR REPLACE INTO cells VALUES (?, ?)", rows)
 
     def close(self) -> None:
         """Close the file."""
         self.connection.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """SQLite's errors in words: what stands in the way (`OperationalError`), or that the file is no store."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise InputError(f"{self.file} cannot hold finished cells: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise InputError(f"{self.file} is not a store of cells ({error}): give another file, or move it away") from error

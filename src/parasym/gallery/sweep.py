@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +25,10 @@ import joblib
 import numpy as np
 import torch
 
-from parasym.core.errors import InputError, MissingExtraError
+from parasym.core.errors import InputError, MissingExtraError, ParasymError
 from parasym.gallery.contract import Entry, Figure, Part, to_plain
 from parasym.gallery.drawings import curves, phase_diagram
-from parasym.gallery.runner import code_key
+from parasym.gallery.runner import code_key, provenance
 from parasym.gallery.store import Cells, digest
 
 Cell = Callable[[Any], Mapping[str, Mapping[str, float]]]
@@ -61,7 +61,7 @@ class Sweep:
     Attributes:
         title: what the cells compute.
         config: a frozen dataclass of numbers and names with the defaults; its fields are what can be swept or set.
-        cell: config -> quantity -> {"measured", and where there are any "predicted", "stderr"}; pure, module-level.
+        cell: config -> quantity -> {"measured", and where there are any "predicted", "stderr", "diverged"}; pure, module-level.
         quantities: what it returns.
         axes: fields swept when nothing is said, with their values.
     """
@@ -100,21 +100,27 @@ class Diagram:
     def agreement(self, quantity: Quantity) -> dict[str, float] | None:
         """Share of the cells where measured and predicted lie on the same side of the boundary, of those the floor leaves in.
 
-        ``None`` without a boundary. Also the number of cells judged, and what share the larger side alone would give by chance.
+        ``None`` without a boundary. Also the number of cells judged, what share the larger side alone would give by chance, and how
+        many of the judged cells have no measurement (``void``): they count as being on the wrong side.
         """
         if quantity.level is None:
             return None
         theory, seen = self.values(quantity.name, "predicted") - quantity.level, self.values(quantity.name) - quantity.level
-        judged = np.isfinite(theory) & ~np.isnan(seen) & (np.abs(theory) > quantity.floor)
+        judged, void = np.isfinite(theory) & (np.abs(theory) > quantity.floor), np.isnan(seen)
         above = float((theory[judged] > 0).mean()) if judged.any() else math.nan
-        same = float(((theory > 0) == (seen > 0))[judged].mean()) if judged.any() else math.nan
-        return {"share": same, "cells": int(judged.sum()), "chance": max(above, 1 - above)}
+        same = float((((theory > 0) == (seen > 0)) & ~void)[judged].mean()) if judged.any() else math.nan
+        return {"share": same, "cells": int(judged.sum()), "chance": max(above, 1 - above), "void": int((judged & void).sum())}
+
+    @property
+    def diverged(self) -> int:
+        """Replicas that left the range of numbers, over all cells (what a cell reports under "diverged")."""
+        return sum(int(max((q.get("diverged", 0) for q in cell.values()), default=0)) for cell in self.cells)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; the same bytes whatever way the sweep was run."""
         plain = {"slug": self.slug, "title": self.title, "axes": self.axes, "config": self.config, "cells": self.cells}
         summary = {q.name: {"title": q.title, "level": q.level, "agreement": self.agreement(q)} for q in self.quantities}
-        return {**to_plain(plain), "quantities": to_plain(summary)}
+        return {**to_plain(plain), "quantities": to_plain(summary), "diverged": self.diverged}
 
     def figures(self) -> list[Figure]:
         """A map (two axes) or curves (one axis) of every quantity, the predicted boundary or curve on top; none for more axes."""
@@ -168,15 +174,14 @@ def sweep(
         progress: told (cells done, cells in all).
 
     Raises:
-        InputError: unknown fields, values of the wrong type, or workers that keep dying.
+        InputError: unknown fields, values of the wrong type, a cell that is refused (named by its config), workers that keep dying or
+            run other code, or a store that cannot be written. What was finished before is kept.
         MissingExtraError: the backend is not installed.
     """
     chosen = {name: tuple(values) for name, values in (axes or offered.axes).items()}
     configs = _configs(offered.config, chosen, settings or {})
     code = code_key(offered.cell.func if isinstance(offered.cell, functools.partial) else offered.cell)
-    keys = [
-        digest({"sweep": slug, "title": offered.title, "config": to_plain(c), "code": code, "torch": torch.__version__}) for c in configs
-    ]
+    keys = [digest({"sweep": slug, "title": offered.title, "config": to_plain(c), "code": code}) for c in configs]
     kept = store if isinstance(store, Cells) else Cells(store) if store else Cells(":memory:")
     with contextlib.closing(kept) if not isinstance(store, Cells) else contextlib.nullcontext():
         _fill(offered.cell, dict(zip(keys, configs, strict=True)), kept, workers, backend, address, progress)
@@ -204,13 +209,15 @@ def page(path: str | os.PathLike[str], diagram: Diagram) -> Path:
     from plotly.io import to_html
 
     parts = [f"<h1>{html.escape(diagram.slug)}: {html.escape(diagram.title)}</h1>"]
-    parts.append(f"<p>{html.escape(', '.join(f'{k} {v}' for k, v in diagram.config.items()))}</p>")
+    lost = [f"{diagram.diverged:,} replicas left the range of numbers"] if diagram.diverged else []
+    parts.append(f"<p>{html.escape(', '.join([*(f'{k} {v}' for k, v in diagram.config.items()), *lost]))}</p>")
     for index, figure in enumerate(diagram.figures()):
         quantity = next(q for q in diagram.quantities if q.title == figure.name)
         side = diagram.agreement(quantity)
         said = (
             f" {side['share']:.2%} of {side['cells']:,} cells lie on the predicted side (by chance {side['chance']:.0%})." if side else ""
         )
+        said += f" {side['void']} of them have no measurement." if side and side["void"] else ""
         drawn = to_html(figure.draw(figure.data), include_plotlyjs=index == 0, full_html=False, config={"displaylogo": False})
         parts.append(f"<h2>{html.escape(figure.name)}</h2><p>{html.escape(figure.caption + said)}</p>{drawn}")
     if not diagram.figures():
@@ -244,10 +251,10 @@ def sweep_of(entry: Entry, experiment: str, preset: str = "smoke") -> Sweep:
 
 def _experiment_cell(experiment: Callable[[Any], Part], config: Any) -> dict[str, dict[str, float]]:
     checks = experiment(config).checks
-    shares = [check.error / check.tolerance for check in checks if check.tolerance > 0]
+    shares = np.array([check.error / check.tolerance for check in checks if check.tolerance > 0] or [0.0])
     return {
         "passed": {"measured": sum(check.passed for check in checks) / max(len(checks), 1), "predicted": 1.0},
-        "margin": {"measured": max(shares, default=0.0)},
+        "margin": {"measured": float(shares.max())},  # NaN if any error is
     }
 
 
@@ -311,7 +318,11 @@ def _configs(base: Any, axes: Mapping[str, Sequence[float]], settings: Mapping[s
 def _typed(name: str, value: Any, like: Any) -> Any:
     """A value in the type of the field it replaces."""
     if isinstance(like, tuple):
-        return tuple(value) if isinstance(value, list | tuple) else (value,)
+        items = value if isinstance(value, list | tuple) else (value,)
+        kind = next((item for item in like if isinstance(item, float)), like[0] if like else None)
+        return tuple(_typed(name, item, kind) for item in items) if like else tuple(items)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{name} takes finite numbers, not {value!r}")
     if isinstance(like, bool) or not isinstance(like, int | float):
         if not isinstance(value, type(like)):
             raise InputError(f"{name} takes {'true or false' if isinstance(like, bool) else type(like).__name__}, not {value!r}")
@@ -345,7 +356,7 @@ def _fill(
     address: str | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Compute every cell that is not kept yet, in rounds; a round is kept as a whole before the next begins."""
+    """Compute every cell that is not kept yet, in rounds of a few tasks for each worker; a task is kept as soon as it arrives."""
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise InputError(f"workers must be a positive whole number, not {workers!r}")
     have = kept.get(list(configs))
@@ -359,13 +370,16 @@ def _fill(
                 while missing:
                     chunks = _chunks(list(missing.items()), size, workers)
                     began = time.perf_counter()
-                    done = pool(joblib.delayed(_run)(cell, chunk) for chunk in chunks)
-                    seconds = time.perf_counter() - began
-                    kept.put({key: value for part in done for key, value in part})
-                    for part in done:
-                        for key, _ in part:
+                    for found, code in pool(joblib.delayed(_run)(cell, chunk) for chunk in chunks):
+                        if code != provenance():
+                            raise InputError(
+                                "a worker runs another parasym, torch, numpy, scipy or numba than this process: make them equal"
+                            )
+                        kept.put(found)
+                        for key in found:
                             del missing[key]
-                    tell(total - len(missing), total)
+                        tell(total - len(missing), total)
+                    seconds = time.perf_counter() - began
                     size = max(1, min(4 * size, round(_CHUNK * size * len(chunks) / workers / max(seconds, 1e-9))))
             except Exception as error:
                 lost += 1
@@ -384,38 +398,55 @@ def _chunks(items: list[Any], size: int, workers: int) -> list[list[Any]]:
     return [few[low : low + size] for low in range(0, len(few), size)]
 
 
-def _run(cell: Cell, chunk: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The cells of one task, on one thread."""
+def _run(cell: Cell, chunk: Sequence[tuple[str, Any]]) -> tuple[dict[str, Any], str]:
+    """The cells of one task, on one thread, and what computed them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [(key, to_plain(cell(config))) for key, config in chunk]
+        return {key: to_plain(_named(cell, config)) for key, config in chunk}, provenance()
     finally:
         torch.set_num_threads(threads)
 
 
+def _named(cell: Cell, config: Any) -> Mapping[str, Mapping[str, float]]:
+    """What the cell returns; an error says in which cell it was."""
+    try:
+        return cell(config)
+    except Exception as error:
+        where = ", ".join(f"{f.name} {getattr(config, f.name)}" for f in dataclasses.fields(config))
+        said = str(error) if isinstance(error, ParasymError) else f"{type(error).__name__}: {error}"
+        raise (InputError if isinstance(error, ParasymError) else RuntimeError)(f"the cell {where}: {said}") from error
+
+
 @contextlib.contextmanager
-def _pool(backend: Backend, workers: int, address: str | None) -> Iterator[Callable[[Any], list[Any]]]:
-    """A joblib pool on the backend asked for."""
-    with _cluster(backend, address), joblib.parallel_config(backend=backend, n_jobs=workers), joblib.Parallel(batch_size=1) as pool:
+def _pool(backend: Backend, workers: int, address: str | None) -> Iterator[Callable[[Any], Iterable[Any]]]:
+    """A joblib pool on the backend asked for; results come as they are ready."""
+    with (
+        _cluster(backend, address) as name,
+        joblib.parallel_config(backend=name, n_jobs=workers),
+        joblib.Parallel(batch_size=1, return_as="generator_unordered") as pool,
+    ):
         yield pool
 
 
 @contextlib.contextmanager
-def _cluster(backend: Backend, address: str | None) -> Iterator[None]:
-    """The cluster a backend needs: the running one at ``address``, else one started here and ended afterwards."""
+def _cluster(backend: Backend, address: str | None) -> Iterator[str]:
+    """joblib's name of a backend, with the cluster it needs: the running one at ``address``, else one started here and ended
+    afterwards."""
     if backend == "ray":
         try:
             import ray
-            from ray.util.joblib import register_ray
+            from ray.util.joblib.ray_backend import RayBackend
         except ImportError as error:
             raise MissingExtraError("backend 'ray' needs the extra [ray]: pip install 'parasym[ray]'") from error
-        register_ray()
+        # joblib takes results one by one only from a backend that says it can; Ray's can, but inherits "no" from multiprocessing's
+        joblib.register_parallel_backend("parasym-ray", type("RayBackend", (RayBackend,), {"supports_return_generator": True}))
         own = not ray.is_initialized()
         if own:
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+            how: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+            _reached(lambda: ray.init(log_to_driver=False, configure_logging=False, **how), address)
         try:
-            yield
+            yield "parasym-ray"
         finally:
             if own:
                 ray.shutdown()
@@ -424,12 +455,27 @@ def _cluster(backend: Backend, address: str | None) -> Iterator[None]:
             from dask.distributed import Client
         except ImportError as error:
             raise MissingExtraError("backend 'dask' needs the extra [dask]: pip install 'parasym[dask]'") from error
-        with Client(address, **({} if address else {"threads_per_worker": 1, "dashboard_address": None})):
-            yield
+        kind: dict[str, Any] = {} if address else {"threads_per_worker": 1, "dashboard_address": None}
+        with _reached(lambda: Client(address, **kind), address):
+            yield "dask"
     elif backend == "loky":
-        yield
+        yield "loky"
     else:
         raise InputError(f"backend {backend!r} is unknown: use loky, ray or dask")
+
+
+def _reached(connect: Callable[[], Any], address: str | None) -> Any:
+    """What ``connect`` returns.
+
+    Raises:
+        InputError: there is no cluster at ``address``.
+    """
+    try:
+        return connect()
+    except (OSError, ValueError, RuntimeError) as error:
+        if address is None:
+            raise
+        raise InputError(f"no cluster answers at {address}: {error}") from error
 
 
 def _worker_died(error: BaseException) -> bool:
