@@ -728,12 +728,14 @@ def test_a_torch_step_of_a_large_state_has_its_exact_covariance() -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_diverged_replicas_are_counted_and_never_averaged_in_silence(engine: str) -> None:
     system = System("cubic", lambda p, d: [d.normal()], lambda s, p, d: [s[0] - p.lr * s[0] ** 3])
-    run = Ensemble(system, 2000, {"lr": 1.0}, engine=engine).run(200, [Average(), Snapshots([0, 200]), Histogram([-2.0, 2.0], [200])])  # type: ignore[arg-type]
+    observe = [Average(), Snapshots([0, 200]), Histogram([-2.0, 2.0], [200]), Displacement([1, 2, 200])]
+    run = Ensemble(system, 2000, {"lr": 1.0}, engine=engine).run(200, observe)  # type: ignore[arg-type]
     # x' = x (1 - x^2) escapes from |x0| > sqrt 2
     expected = 2000 * math.erfc(1.0)
     assert abs(run.diverged - expected) < 5 * math.sqrt(expected)
     assert run[0].status == "not_converged" and f"{run.diverged} of 2000" in run[0].note
-    assert run[1].status == "not_converged" and int(run[2].diverged) == run.diverged and int(run[2].total) == 2000
+    assert run[1].status == run[3].status == "not_converged" and f"{run.diverged} of 2000" in run[3].note
+    assert int(run[2].diverged) == run.diverged and int(run[2].total) == 2000
     assert run.to_dict()["diverged"] == run.diverged
     with pytest.raises(InputError):
         float(run[0])
@@ -752,6 +754,33 @@ def test_a_zero_factor_is_minus_infinity_and_not_a_number_in_disguise() -> None:
     system = System("zero", lambda p, d: [1.0], lambda s, p, d: [s[0] * where(d.uniform() < 0.5, 0.0, 2.0)])
     found = Ensemble(system, 50, {}).run(100, [Lyapunov(1)])[0]
     assert found.status == "not_converged" and float(found.value[0]) == -math.inf and "zero" in found.note
+
+
+def test_tangents_that_are_dependent_up_to_rounding_have_no_exponent() -> None:
+    """A factor of rank one: the second exponent is minus infinity, and what rounding leaves of it is not reported as a number."""
+    system = System("rank 1", lambda p, d: [1.0, 1.0], lambda s, p, d: [0.9 * s[0] + 0.3 * s[1], 0.3 * s[0] + 0.1 * s[1]])
+    for precision in ("float32", "float64"):
+        found = Ensemble(system, 50, {}, engine="torch", precision=precision).run(100, [Lyapunov(2), Lyapunov(1)], burn=9, start=[0.0, 0.0])  # type: ignore[arg-type]
+        assert found[0].status == "not_converged" and "100.0% of the steps" in found[0].note
+        assert found[1].status == "ok" and abs(float(found[1].value[0])) < 2e-3  # the first is log 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_mean_far_from_zero_costs_the_covariance_no_digits(engine: str) -> None:
+    """In single precision the square of 3000 is known to .5 only; the variance here is .05."""
+    system = System("far", lambda p, d: [p.m], lambda s, p, d: [p.m + 0.9 * (s[0] - p.m) + 0.1 * d.normal()])
+    found = Ensemble(system, 2000, {"m": [0.0, 3000.0]}, engine=engine).run(300, [Covariance()], burn=100)[0]  # type: ignore[arg-type]
+    assert within(found, torch.full((2, 1, 1), 0.01 / 0.19)) and float(found.stderr.max()) < 1e-3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_of_which_nothing_is_left_after_burn_in_says_so(engine: str) -> None:
+    system = System("exploding", lambda p, d: [1.0 + d.uniform()], lambda s, p, d: [3.0 * s[0]])
+    observe = [Average(), Covariance(), Lyapunov(1), Snapshots([0, 50]), Histogram([0.0, 1.0], [50]), Displacement([1, 2])]
+    run = Ensemble(system, 100, {}, engine=engine, threads=2).run(50, [*observe, FirstPassage(lambda s, p: s[0] < 0.0)], burn=1000)  # type: ignore[arg-type]
+    assert run.diverged == 100 and int(run[4].diverged) == 100 and int(run[4].total) == 100
+    assert all(run[k].status == "not_converged" and "100 of 100" in run[k].note for k in (0, 1, 2, 3, 5))
+    assert run[6].mean.status == "not_converged" and run[6].to_dict()["diverged"] == 100 and run[6].to_dict()["passed"] == 0
 
 
 WALK = System("walk", lambda p, d: [0.0], lambda s, p, d: [s[0] + p.step * d.normal()])
@@ -784,6 +813,22 @@ BAD = [
     ),
     (lambda: Ensemble(System("two", lambda p, d: [0.0], lambda s, p, d: [s[0], s[0]]), 5, {}).run(1), "returns 2"),
     (lambda: Ensemble(System("nan", lambda p, d: [0.0], lambda s, p, d: [s[0] * math.nan]), 5, {}).run(1), "constants must be finite"),
+    (lambda: Ensemble(System("log", lambda p, d: [0.0], lambda s, p, d: [s[0] + log(0.0 * s[0])]), 5, {}).run(1), "log of the constant 0"),
+    (lambda: Ensemble(System("exp", lambda p, d: [0.0], lambda s, p, d: [s[0] + exp(1e3)]), 5, {}).run(1), "exp of the constant 1000"),
+    (lambda: quadratic(np.eye(2), [[1.0, math.nan], [math.nan, 1.0]]), "finite square"),
+    (lambda: quadratic([[1.0, math.inf], [0.0, 1.0]], np.eye(2)), "finite"),
+    (lambda: regression([[1.0, 0.5], [0.0, 1.0]], 1), "not symmetric"),
+    (lambda: table_regression([[1.0, math.nan]], [1.0], 1), "clean the data"),
+    (lambda: table_regression(TABLE[:, :2], TABLE[:5, 2], 1), r"x must be \(n, d\)"),
+    (lambda: two_layer([1.0, math.inf], [1.0, 2.0], 1), "clean the data"),
+    (
+        lambda: Ensemble(
+            descent("t", table_regression(TABLE[:, :2], TABLE[:, 2], 1, "shuffle"), SGD(), [0.0, 0.0]),
+            5,
+            {"lr": 0.1},  # type: ignore[arg-type]
+        ).run(1),
+        "'shuffle' is unknown",
+    ),
 ]
 
 

@@ -168,7 +168,7 @@ class Ensemble:
         symbolic = self.system if isinstance(self.system, System) else None
         first, start_draws, start_params = trace_start(symbolic) if symbolic else ([], Draws(Tape()), ())
         size = self.system.size if isinstance(self.system, TorchSystem) else len(first)
-        program, carries, owned = trace(self.system, size, observe)
+        program, carries, owned = trace(self.system, size, observe, float(np.finfo(self.precision).eps))
         self._check_names({*program.params, *start_params}, values)
         if count * max(len(program.outputs), 1) * 8 > _LARGEST_STATE:
             raise InputError(f"{count} replicas of {len(program.outputs)} numbers need more than {_LARGEST_STATE >> 30} GiB: run fewer")

@@ -149,7 +149,7 @@ def _binary(op: str, a: Expr, b: Expr) -> Expr:
     if left is not None and right is not None:
         if op == "div" and right == 0:
             raise InputError("the step divides by the constant zero")
-        return a.tape.constant(_FOLD[op](left, right))
+        return a.tape.constant(_folded(op, left, right))
     if op in ("add", "mul") and left is not None:
         a, b, left, right = b, a, right, left
     if (op in ("add", "sub") and right == 0) or (op in ("mul", "div") and right == 1):
@@ -166,13 +166,21 @@ def _binary(op: str, a: Expr, b: Expr) -> Expr:
 
 def _unary(op: str, a: Expr) -> Expr:
     if a.value is not None:
-        return a.tape.constant(_FOLD[op](a.value))
+        return a.tape.constant(_folded(op, a.value))
     return a.tape.add(op, a.index)
+
+
+def _folded(op: str, *values: float) -> float:
+    """What an operation makes of constants."""
+    try:
+        return _FOLD[op](*values)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"the step takes {op} of the constant {', '.join(map(str, values))}: {error}") from error
 
 
 def _function(op: str) -> Callable[[Any], Any]:
     def apply(x: Any) -> Any:
-        return _unary(op, x) if isinstance(x, Expr) else _FOLD[op](x)
+        return _unary(op, x) if isinstance(x, Expr) else _folded(op, x)
 
     apply.__name__, apply.__doc__ = op, f"{op}(x) of a symbol or a number."
     return apply

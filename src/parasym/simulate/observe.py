@@ -7,7 +7,7 @@ from the spread over replicas, which are independent, so no model of autocorrela
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from parasym.simulate.system import Moment, Params, State
 Reader = Callable[[State, Params], Sequence[Any]]
 Array = NDArray[np.float64]
 _REF = ("simulate",)
+_ROUNDED = 1e-4  # share of steps on which a tangent may be lost in rounding: a random factor comes that close to zero now and then
 
 
 @dataclass(frozen=True)
@@ -122,30 +123,36 @@ class Increments(Observable):
 class Covariance(Observable):
     """Covariance over recorded steps and replicas of the numbers ``of`` reads off the state, (g, n, n) or (n, n).
 
-    Centred at the mean over everything; the error of an entry is that of a mean over replicas.
+    Centred at the mean over everything; the error of an entry is that of a mean over replicas. What is summed is the distance from
+    where the replica was when recording started, so that a mean far from zero costs no digits.
     """
 
     of: Reader = everything
 
+    def begin(self, state: State, params: Params) -> Sequence[Any]:
+        """Where recording starts."""
+        return tuple(self.of(state, params))
+
     def follow(self, moment: Moment) -> tuple[Sequence[Any], Sequence[Any]]:
-        """Add up the numbers and their products."""
-        x = list(self.of(moment.new, moment.params))
-        return (), (*x, *(a * b for i, a in enumerate(x) for b in x[: i + 1]))
+        """Add up the distances and their products."""
+        x = [a - b for a, b in zip(self.of(moment.new, moment.params), moment.carry, strict=True)]
+        return moment.carry, (*x, *(a * b for i, a in enumerate(x) for b in x[: i + 1]))
 
     def result(self, record: Record) -> Estimate:
         """The covariance."""
-        size = int((math.sqrt(9 + 8 * len(record.sums)) - 3) / 2)
+        size = len(record.carry)
         means = record.sums / record.steps
-        first = np.moveaxis(means[:size], 0, -1)
-        centre = _mean(first, record.sound)[:, None]
+        origin, first = np.moveaxis(record.carry, 0, -1), np.moveaxis(means[:size], 0, -1)
         second = np.empty((*first.shape, size))
         at = size
         for i in range(size):
             for j in range(i + 1):
                 second[..., i, j] = second[..., j, i] = means[at]
                 at += 1
-        shift = centre[..., :, None] * first[..., None, :]
-        centred = second - shift - np.swapaxes(shift, -1, -2) + centre[..., :, None] * centre[..., None, :]
+        with np.errstate(invalid="ignore", over="ignore"):  # what diverged is left out below
+            off = _mean(origin + first, record.sound)[:, None] - origin
+            shift = off[..., :, None] * first[..., None, :]
+            centred = second - shift - np.swapaxes(shift, -1, -2) + off[..., :, None] * off[..., None, :]
         return _over_replicas(centred, record)
 
 
@@ -192,8 +199,9 @@ class Displacement(Observable):
     def result(self, record: Record) -> Estimate:
         """The means, one for each lag."""
         found = _from_folds(record)
-        assert isinstance(found.value, torch.Tensor) and isinstance(found.stderr, torch.Tensor)
-        return _replaced(found, found.value[..., 0], found.stderr[..., 0])
+        assert isinstance(found.value, torch.Tensor)
+        stderr = found.stderr[..., 0] if isinstance(found.stderr, torch.Tensor) else None  # none where replicas diverged
+        return dataclasses.replace(found, value=found.value[..., 0], stderr=stderr)
 
 
 def diffusion_exponent(displacement: Estimate, lags: Sequence[int]) -> Estimate:
@@ -347,14 +355,15 @@ class Passage:
             problem = "no replica passed"
         elif bool((censored > passed).any()):
             problem = "more than half of the replicas did not pass"
-        details = {"passed": passed, "censored": censored, "steps": self.steps}
+        details = {"passed": passed, "censored": censored, "diverged": (~self.sound).sum(-1), "steps": self.steps}
         if problem:
             return Estimate(value, status="not_converged", refs=_REF, note=problem, details=details)
         return Estimate(value, stderr=stderr, refs=_REF, details=details, assumptions=("exponential times where censored",))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: the mean and the counts."""
-        return {"mean": self.mean.to_dict(), "passed": self.out.sum(-1).tolist(), "steps": self.steps}
+        """Plain data: the mean, and how many passed, did not, and diverged before they could."""
+        counts = {"passed": self.out, "censored": ~self.out & self.sound, "diverged": ~self.sound}
+        return {"mean": self.mean.to_dict(), **{name: which.sum(-1).tolist() for name, which in counts.items()}, "steps": self.steps}
 
 
 @dataclass(frozen=True)
@@ -363,7 +372,8 @@ class Lyapunov(Observable):
 
     Per step, natural log, (g, count) or (count,); in decreasing order up to sampling error. The derivative of the step is taken
     symbolically; for a linear recursion it is the random matrix itself. A factor that is exactly zero makes the exponent minus
-    infinity; the status is then ``not_converged``, with a note.
+    infinity, and one whose columns are dependent up to rounding would make it the logarithm of rounding; the status is then
+    ``not_converged``, with a note.
     """
 
     count: int = 1
@@ -379,29 +389,37 @@ class Lyapunov(Observable):
         return tuple(1.0 if i == k else 0.0 for k in range(self.count) for i in range(len(state)))
 
     def follow(self, moment: Moment) -> tuple[Sequence[Any], Sequence[Any]]:
-        """Push the tangents through the step, orthogonalise, add the logs of the lengths."""
+        """Push the tangents through the step, orthogonalise, add the logs of the lengths, and count what is left of rounding."""
         size = len(moment.new)
         kept: list[list[Any]] = []
         grown: list[Any] = []
+        rounded: list[Any] = []
         for k in range(self.count):
             before = moment.carry[k * size : (k + 1) * size]
             column: list[Any] = list(moment.push(before))
+            taken: list[Any] = []
             for other in kept:
-                along = dot(other, column)
-                column = [c - along * o for c, o in zip(column, other, strict=True)]
+                taken.append(dot(other, column))
+                column = [c - taken[-1] * o for c, o in zip(column, other, strict=True)]
             square = moment.new[0]._lift(dot(column, column))
+            if taken:
+                rounded.append(where(square <= dot(taken, taken) * (8 * moment.eps) ** 2, 1.0, 0.0))
             scale = 1.0 / sqrt(where(square <= 0.0, 1.0, square))
             kept.append([where(square <= 0.0, b, c * scale) for b, c in zip(before, column, strict=True)])
             grown.append(0.5 * log(square))
-        return [entry for column in kept for entry in column], grown
+        return [entry for column in kept for entry in column], [*grown, *rounded]
 
     def result(self, record: Record) -> Estimate:
         """Exponents."""
-        values = np.moveaxis(record.sums, 0, -1) / record.steps
-        sound = record.sound[..., None] & np.ones(values.shape, bool)
-        if (np.isneginf(values) & sound).any():
-            mean = values.mean(axis=1)
-            note = "a factor was exactly zero: the exponent is minus infinity"
+        means = np.moveaxis(record.sums, 0, -1) / record.steps
+        values, rounded = means[..., : self.count], _mean(means[..., self.count :], record.sound)
+        note = ""
+        if (np.isneginf(values) & record.sound[..., None]).any():
+            note = "a factor was zero, or too small for this precision: the exponent is minus infinity"
+        elif rounded.size and rounded.max() > _ROUNDED:
+            note = f"on {rounded.max():.1%} of the steps a tangent was lost in rounding: its exponent is lower than this precision can tell"
+        if note:
+            mean = _mean(values, record.sound)
             return Estimate(torch.from_numpy(mean if record.grid else mean[0]), status="not_converged", refs=_REF, note=note)
         return _over_replicas(values, record)
 
@@ -473,7 +491,3 @@ def _estimate(mean: Array, square: Array, count: Any, record: Record) -> Estimat
         note=note,
         details=details,
     )
-
-
-def _replaced(estimate: Estimate, value: torch.Tensor, stderr: torch.Tensor) -> Estimate:
-    return Estimate(value, stderr=stderr, status=estimate.status, refs=estimate.refs, note=estimate.note, details=estimate.details)

@@ -153,6 +153,7 @@ class Moment:
         carry: what the observable carried along so far.
         params: the parameters.
         push: derivative of the step along a direction of the state.
+        eps: distance from one to the next number of the state's precision.
     """
 
     old: State
@@ -160,6 +161,7 @@ class Moment:
     carry: State
     params: Params
     push: Callable[[Sequence[Expr]], list[Expr]]
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,10 @@ def trace_start(system: System) -> tuple[list[Expr], Draws, tuple[str, ...]]:
     return values, draws, tuple(params._used)
 
 
-def trace(system: System | TorchSystem, size: int, observables: Sequence[Any]) -> tuple[Program, list[slice], list[slice]]:
-    """Record one step of the system and what the observables add to it.
+def trace(
+    system: System | TorchSystem, size: int, observables: Sequence[Any], eps: float = 2.0**-23
+) -> tuple[Program, list[slice], list[slice]]:
+    """Record one step of the system and what the observables add to it; ``eps`` is that of the precision it will run in.
 
     Returns the program, and for each observable which rows it carries and which sums are its own.
 
@@ -232,7 +236,7 @@ def trace(system: System | TorchSystem, size: int, observables: Sequence[Any]) -
         width = len(observable.begin([tape.constant(0.0)] * size, params))
         carry = [tape.symbol("state", len(rows) + k) for k in range(width)]
         carries.append(slice(len(rows), len(rows) + width))
-        moment = Moment(old, new, carry, params, push)
+        moment = Moment(old, new, carry, params, push, eps)
         following, added = observable.follow(moment)
         owned.append(slice(len(sums), len(sums) + len(added)))
         rows.extend(moment.new[0]._lift(value) for value in following)
