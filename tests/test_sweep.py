@@ -199,8 +199,8 @@ def test_what_a_paper_offers() -> None:
     assert offered(origin) is origin.sweeps["origin"]
     with pytest.raises(InputError, match=r"its sweeps are origin"):
         offered(origin, "other")
-    with pytest.raises(InputError, match=r"no sweep of its own.*--experiment: law"):
-        offered(entries()["law-of-balance"])
+    with pytest.raises(InputError, match=r"no sweep of its own.*--experiment: "):
+        offered(entries()["three-mechanisms"])
     with pytest.raises(InputError, match=r"no experiment 'x'"):
         sweep_of(origin, "x")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
+from parasym.gallery.diagrams import DROPOUT
 from parasym.gallery.drawings import bars, curves
 from parasym.solvable.engines import Params, descend, hessian, stack
 from parasym.solvable.linear_nets import DeepLinear, DeepLinearMulti
@@ -364,4 +365,5 @@ ENTRY = Entry(
         ),
     },
     experiments={"minimum": minimum, "bounds": bounds, "origin": origin, "traps": traps, "modes": modes},
+    sweeps={"dropout": DROPOUT},
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
 from parasym.gallery.deep_linear_exact import CROSS, SECOND, diagonal_net, run_descent
+from parasym.gallery.diagrams import DEPTH
 from parasym.gallery.drawings import curves
 from parasym.measure.phases import PhaseCurve, classify, phase_sweep
 from parasym.solvable.engines import Params, hessian, lbfgs_restarts, norm, stack
@@ -357,4 +358,5 @@ ENTRY = Entry(
         ),
     },
     experiments={"forms": forms, "descent": descent, "nonlinear": nonlinear},
+    sweeps={"depth": DEPTH},
 )

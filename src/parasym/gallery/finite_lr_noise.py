@@ -16,6 +16,7 @@ import torch
 
 from parasym.core.results import Estimate
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
+from parasym.gallery.diagrams import DIVERGENCE
 from parasym.gallery.drawings import agreement, curves
 from parasym.simulate import (
     SGD,
@@ -393,4 +394,5 @@ ENTRY = Entry(
         ),
     },
     experiments=_EXPERIMENTS,
+    sweeps={"divergence": DIVERGENCE},
 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
+from parasym.gallery.diagrams import BALANCE
 from parasym.gallery.drawings import curves
 from parasym.gallery.ensemble import Ensemble, slope
 from parasym.solvable.balance import Moments, density, mean_and_variance, mode, quantile, sparsity_transition
@@ -405,4 +406,5 @@ ENTRY = Entry(
         "phases": phases,
         "width": width,
     },
+    sweeps={"collapse": BALANCE},
 )

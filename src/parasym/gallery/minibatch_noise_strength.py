@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
+from parasym.gallery.diagrams import BATCH
 from parasym.gallery.drawings import agreement, curves
 from parasym.simulate import SGD, Average, Covariance, Ensemble, Momentum, Run, descent, dot, regression, table_regression
 from parasym.solvable import regression as theory
@@ -507,4 +508,5 @@ ENTRY = Entry(
         ),
     },
     experiments=_EXPERIMENTS,
+    sweeps={"batch": BATCH},
 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
+from parasym.gallery.diagrams import COLLAPSE
 from parasym.gallery.digits import digits
 from parasym.gallery.drawings import curves, phase_diagram
 from parasym.gallery.ensemble import Ensemble
@@ -388,4 +389,5 @@ ENTRY = Entry(
         ),
     },
     experiments={"modes": modes, "decoder": decoder, "trained": trained, "digits": digit_vaes},
+    sweeps={"modes": COLLAPSE},
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
+from parasym.gallery.diagrams import SSL
 from parasym.gallery.digits import digits
 from parasym.gallery.drawings import curves
 from parasym.gallery.ensemble import Ensemble
@@ -478,4 +479,5 @@ ENTRY = Entry(
         "benign": benign,
         "digits": digit_encoder,
     },
+    sweeps={"directions": SSL},
 )
