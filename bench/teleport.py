@@ -45,7 +45,7 @@ def first_loss(out: Any, target: Tensor) -> Tensor:
     return (first.flatten(1) - target.flatten(1)).square().mean()
 
 
-def models(data: Path, names: Sequence[str], quick: bool) -> None:
+def models(data: Path, names: Sequence[str], wanted: Sequence[str] | None, dtypes: Sequence[torch.dtype]) -> None:
     """Each objective on each packaged model, in float32 and float64."""
     import demo
 
@@ -53,7 +53,7 @@ def models(data: Path, names: Sequence[str], quick: bool) -> None:
     for name in names:
         loaded = demo.encoder(data) if name == "minilm" else demo.detector(data, name)
         symmetries = find_symmetries(loaded.model, loaded.args, loaded.kwargs, 0, still)
-        for dtype in (torch.float32, torch.float64):
+        for dtype in dtypes:
             model = copy.deepcopy(loaded.model).to(dtype)
             args = tuple(a.to(dtype) if a.is_floating_point() else a for a in loaded.args)
             with torch.no_grad():
@@ -70,12 +70,10 @@ def models(data: Path, names: Sequence[str], quick: bool) -> None:
                 "int8": Int8(iterations=12 if heavy else 40),
                 "function": Function(lambda p, w=weight: p[w].square().sum(), iterations=10 if heavy else 40),
                 "sharpness": Sharpness(first_loss, batch, iterations=3 if heavy else 8, tol=1e-2),
-                "noise-equilibrium": NoiseEquilibrium(first_loss, batch, batch_size=max(1, size // 2), passes=2 if heavy else 12),
+                "noise-equilibrium": NoiseEquilibrium(first_loss, batch, batch_size=max(1, size // 2), passes=4 if heavy else 12),
             }
             for aim, to in aims.items():
-                if quick and (
-                    (heavy and aim in ("sharpness", "noise-equilibrium", "minimum-norm")) or (dtype == torch.float64 and aim == "int8")
-                ):
+                if wanted and aim not in wanted:
                     continue
                 start = time.process_time()
                 edit = teleport(model, args, loaded.kwargs, to=to, symmetries=symmetries)
@@ -310,14 +308,15 @@ def main() -> None:
     parser.add_argument("--only", choices=("models", "llama", "rebasin"), help="one part")
     parser.add_argument("--names", nargs="*", help="of models (rnet onet minilm) or of pairs (mlp resnet transformer)")
     parser.add_argument("--pairs", type=int, default=3, help="independent pairs of each kind")
-    parser.add_argument("--quick", action="store_true", help="leave out the slowest cases")
+    parser.add_argument("--aims", nargs="*", help="of models: balance minimum-norm int8 function sharpness noise-equilibrium")
+    parser.add_argument("--dtypes", nargs="*", choices=("float32", "float64"), default=("float32", "float64"), help="of models")
     o = parser.parse_args()
     if o.only in (None, "rebasin"):
         rebasin(o.names or ("mlp", "resnet", "transformer"), o.pairs)
     if o.only in (None, "llama"):
         llama()
     if o.only in (None, "models"):
-        models(o.data, o.names or ("rnet", "onet", "minilm"), o.quick)
+        models(o.data, o.names or ("rnet", "onet", "minilm"), o.aims, [getattr(torch, d) for d in o.dtypes])
 
 
 if __name__ == "__main__":

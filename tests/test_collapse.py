@@ -715,6 +715,28 @@ def test_rows_and_advice_are_json_and_commands_run() -> None:
     assert "parasym fix" not in json.dumps(found)
 
 
+@pytest.mark.parametrize(("sick", "line"), [("near", "Mirror.merged"), ("equal", "syre(model)"), ("dead", "syre(model)"), (None, "")])
+def test_the_advice_for_training_runs_as_it_is_printed(sick: str | None, line: str) -> None:
+    """Near copies: DCS makes them equal; equal ones and dead ones: syre keeps them apart and alive; a sound network: nothing."""
+    model, x = mlp()
+    with torch.no_grad():
+        if sick == "dead":
+            model[0].bias[4] = -100
+        elif sick:
+            copy_unit(model, "2", 7, 2)
+            model[0].weight[7] *= 1 + 1e-3 * (sick == "near")
+    lines = [a["training"] for r in rows_of(model, x) if r["where"] == "0" for a in advice([r]) if a["training"]]
+    assert len(lines) == bool(sick)
+    for made in lines:
+        assert line in made and ("[2, 7]" in made) == (sick == "near")
+        twin = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(twin.parameters(), lr=0.01, weight_decay=1e-3)
+        exec(made, {"model": twin, "args": (x,), "kwargs": {}, "optimizer": optimizer})
+        twin(x).square().mean().backward()
+        optimizer.step()
+        assert not torch.equal(twin(x), model(x))
+
+
 def test_many_units_are_listed_in_part() -> None:
     with fresh(0):
         model, x = nn.Sequential(nn.Linear(4, 200), nn.ReLU(), nn.Linear(200, 2)), torch.randn(50, 4)

@@ -144,6 +144,9 @@ def test_tied_weights_are_written_once_and_load(net: str, tmp_path: Path) -> Non
         (["--method", "prune", "--keep", "0.5", "--score", "snip"], "synflow"),
         (["--method", "balance", "--trust-inputs"], "belongs to"),
         (["--method", "polish"], "polish"),
+        (["--method", "syre"], "attach(optimizer)"),
+        (["--method", "spred"], "training script"),
+        (["--method", "teleport", "--to", "noise-equilibrium"], "NoiseEquilibrium"),
     ],
 )
 def test_bad_commands_exit_with_2_and_teach(net: str, tmp_path: Path, words: list[str], says: str) -> None:
@@ -194,9 +197,25 @@ def test_a_certificate_that_does_not_hold_writes_nothing(net: str, tmp_path: Pat
     assert code == 1 and "DOES NOT HOLD" in shown and not out.exists()
 
 
-def test_help_teaches_every_method() -> None:
-    shown = runner.invoke(app, ["fix", "--help"]).output
+@pytest.mark.parametrize("words", [["balance"], ["compress"], ["revive"]])
+def test_a_program_gives_weights_for_the_network_it_was_made_from(net: str, tmp_path: Path, words: list[str]) -> None:
+    loaded, program, out = load_target(f"{net}:sick"), tmp_path / "net.pt2", tmp_path / "x.safetensors"
+    torch.export.save(torch.export.export(loaded.model, loaded.args), program)
+    code, _, _ = run(str(program), "--method", *words, "--out", str(out))
+    new = load_file(out)
+    assert code == 0 and new["0.weight"].shape == ((10, 5) if words == ["compress"] else (12, 5))
+    if words == ["compress"]:
+        loaded.model[0], loaded.model[2] = nn.Linear(5, 10).double(), nn.Linear(10, 9).double()
+    loaded.model.load_state_dict(new)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(*loaded.args), outputs(f"{net}:sick"), atol=1e-12, rtol=0)
+    assert not torch.equal(new["2.weight"], load_target(f"{net}:sick").model[2].weight)
+
+
+def test_help_teaches_every_method_and_says_what_needs_data() -> None:
+    shown = " ".join(runner.invoke(app, ["fix", "--help"]).output.split())
     assert all(name in shown for name in METHODS) and "--to" in shown and "Exit codes" in shown
+    assert all(name in shown for name in ("sharpness", "noise equilibrium", "syre", "dcs", "spred", ".pt2", "need a loss and its data"))
 
 
 @pytest.mark.slow

@@ -555,6 +555,18 @@ def test_pair_from_product_and_chain_meet_their_conditions() -> None:
     assert torch.allclose(solve_pair(X, X), torch.zeros(4, 4, dtype=torch.float64), atol=1e-14)
 
 
+@pytest.mark.parametrize("decades", [1, 4, 8, 11])
+def test_a_pair_of_ill_conditioned_noises_is_balanced(decades: int) -> None:
+    """Roots of products would lose the small directions, and send the weights to 1e149."""
+    g = torch.Generator().manual_seed(0)
+    P, Q = (torch.linalg.qr(torch.randn(6, 6, generator=g, dtype=torch.float64)).Q for _ in range(2))
+    d = torch.logspace(0, -decades, 6, dtype=torch.float64)
+    inward, outward = (Q * d) @ Q.T, (P * d.flip(0)) @ P.T
+    B = torch.linalg.matrix_exp(solve_pair(inward, outward))
+    a, b = B @ outward @ B, torch.linalg.solve(B, torch.linalg.solve(B, inward).T)
+    assert float((a - b).norm()) < 1e-12 * float(a.norm() + b.norm()) and float((inward - outward).norm()) > 0.1 * float(inward.norm())
+
+
 # --------------------------------------------------------------------------------------------------------------- one call
 
 

@@ -251,16 +251,6 @@ def watch_tail(
                 typer.echo("stopped; the run goes on", err=True)
 
 
-class Method(StrEnum):
-    """What `parasym fix` can do."""
-
-    balance = "balance"
-    teleport = "teleport"
-    compress = "compress"
-    prune = "prune"
-    revive = "revive"
-
-
 @app.command(
     epilog=(
         "[bold]Methods[/]\n\n"
@@ -269,6 +259,11 @@ class Method(StrEnum):
         "compress   cut dead, duplicate and dependent units; the outputs stay\n\n"
         "prune      set the least important weights to zero (SynFlow); no layer collapses\n\n"
         "revive     draw units anew that are dead on the example inputs, or repeat others; the outputs there stay\n\n"
+        "[bold]Not here[/]\n\n"
+        "Teleport to sharpness or to the noise equilibrium, snip and grasp scores need a loss and its data; syre, dcs and spred act while "
+        "a network trains. They are Python calls: parasym.methods.teleport, prune, syre, dcs, spred; `parasym audit` prints the line for "
+        "what it finds.\n\n"
+        "Of a .pt2 program the weights are written under their names in the network it was made from: load them there, export again.\n\n"
         "[bold]Examples[/]\n\n"
         "parasym fix train.py:build_model --weights best.safetensors --method compress --out small.safetensors\n\n"
         "parasym fix checkpoints/my-bert --method balance --out balanced.safetensors\n\n"
@@ -281,8 +276,8 @@ class Method(StrEnum):
     )
 )
 def fix(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="As for `parasym audit`, but a network with weights, no .pt2 program.")],
-    method: Annotated[Method, typer.Option(help="What to do; see below.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="As for `parasym audit`, with weights.")],
+    method: Annotated[str, typer.Option(help="What to do: balance, teleport, compress, prune or revive; see below.")],
     out: Annotated[Path, typer.Option(help="Where the new weights go.", metavar="FILE.safetensors")],
     weights: Annotated[
         Path | None, typer.Option(help="Weights to load first: .safetensors, or .pt/.pth with tensors only.", metavar="FILE")
@@ -304,7 +299,7 @@ def fix(
     with _errors_explained(debug):
         _check_new_weights(out, force)
         room = importlib.import_module("parasym.methods.fix")
-        wish = room.Wish(method.value, to, reference, keep, score, trust_inputs, seed)
+        wish = room.Wish(method, to, reference, keep, score, trust_inputs, seed)
         room.check(wish)
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         load = importlib.import_module("parasym.core.load")
@@ -586,6 +581,8 @@ def _show_audit(audit: Mapping[str, Any]) -> None:
             console.print(Text(f"        {item['why']}"))
             if item.get("command"):
                 console.print(Text(f"        $ {item['command']}", "green"))
+            if item.get("training"):
+                console.print(Text(f"        in training: {item['training']}", "cyan"))
 
 
 def _show_list(

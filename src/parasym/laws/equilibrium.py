@@ -109,6 +109,11 @@ def solve_pair(
     if pull:
         assert inward_size is not None and outward_size is not None
         up, down = up + pull * outward_size.double(), down + pull * inward_size.double()
+    (L, one), (M, two) = (torch.linalg.cholesky_ex(0.5 * (m + m.mT)) for m in (down, up))
+    if not bool(one.any() | two.any()):  # B^2 = C C^T by singular values, which keep the small ones that roots of products lose
+        P, S, _ = torch.linalg.svd(L.mT @ M)
+        Q, s, _ = torch.linalg.svd(torch.linalg.solve_triangular(L.mT, P * S.sqrt()[..., None, :], upper=True))
+        return (Q * s.clamp_min(1e-300).log()[..., None, :]) @ Q.mT
     H = geometric_mean(down, up)
     w, Q = torch.linalg.eigh(0.5 * (H + H.mT))
     return (Q * (0.5 * w.clamp_min(1e-300).log())[..., None, :]) @ Q.mT
@@ -299,6 +304,7 @@ def noise_equilibrium(
     rule: Rule = "sgd",
     tol: float = 1e-9,
     passes: int = 12,
+    floor: float = 0.0,
 ) -> Equilibrium:
     """The point of the model's orbits where SGD's noise is balanced; the function is the same, no training is done.
 
@@ -312,6 +318,8 @@ def noise_equilibrium(
         lr, weight_decay: needed together: decay shifts the equilibrium by 2 gamma / eta.
         rule: "sgd"; "adam" for the l1 balance of a slow diagonal preconditioner (quadratic charges only).
         tol: relative imbalance to reach. passes: over the data, at most.
+        floor: for matrix charges, noise below this share of its largest direction counts as that much: directions that the data barely
+            reach, or not at all, then move by a factor of at most floor^-1/4 each way. 0: they are left alone if noise misses them.
 
     Raises:
         InputError: weight_decay without lr, or see `gradient_moments`.
@@ -339,7 +347,7 @@ def noise_equilibrium(
         before, dead = 0.0, list[tuple[str, int, str]]()
         second = base.second(batch_size, replacement)
         for c, m in zip(matrices, found, strict=True):
-            lam, gap, without = _pair_step(m.of_batch(factor)[1:], c.split(objective.params, objective.params), pull)
+            lam, gap, without = _pair_step(m.of_batch(factor)[1:], c.split(objective.params, objective.params), pull, floor)
             before, dead = max(before, gap), dead + [(c.name, j, why) for j, why in without.items()]
             objective.params.update(c.act(objective.params, lam))
             total[_key(usable, c)] += lam
@@ -389,6 +397,12 @@ def _fluctuation(m: GradientMoments, batch: int, replacement: bool) -> float:
     return m.mean_square + c * (float(m.norms.mean()) - m.mean_square)
 
 
+def raised(M: Tensor, floor: float) -> Tensor:
+    """A symmetric matrix with eigenvalues of at least ``floor`` times the largest."""
+    w, Q = torch.linalg.eigh(0.5 * (M + M.mT))
+    return (Q * w.clamp_min(floor * float(w[-1]))) @ Q.mT
+
+
 def _drop_unread(c: Charge, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Set to zero what one side writes into hidden directions that the other side ignores: where the flow ends, and the same function."""
     moved = dict[str, Tensor]()
@@ -405,7 +419,9 @@ def _drop_unread(c: Charge, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return moved
 
 
-def _pair_step(noise: tuple[Tensor, Tensor], size: tuple[Tensor, Tensor], pull: float) -> tuple[Tensor, float, dict[int, str]]:
+def _pair_step(
+    noise: tuple[Tensor, Tensor], size: tuple[Tensor, Tensor], pull: float, floor: float
+) -> tuple[Tensor, float, dict[int, str]]:
     """lam of each copy of a matrix charge, the relative imbalance before, and the copies without an equilibrium.
 
     ``noise`` and ``size``: second moments of the gradient and of the weights on the inward and the outward side.
@@ -416,6 +432,8 @@ def _pair_step(noise: tuple[Tensor, Tensor], size: tuple[Tensor, Tensor], pull: 
         w, Q = torch.linalg.eigh(grow[j] + shrink[j])
         V = Q[:, w > 1e-12 * w.max().clamp_min(1e-300)]  # directions that exist on both sides
         pu, pd, pg, ps = (V.T @ t[j] @ V for t in (up, down, grow, shrink))
+        if floor and V.shape[1]:
+            pu, pd = raised(pu, floor), raised(pd, floor)
         a, b = pu + pull * ps, pd + pull * pg
         ranks = [int((torch.linalg.eigvalsh(m) > 1e-12 * m.trace().clamp_min(1e-300)).sum()) for m in (a, b)] if V.shape[1] else [0, 0]
         if not V.shape[1] or min(ranks) < V.shape[1]:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from parasym.measure.findings import Row
 
+_SYRE = "from parasym.methods import syre; hook = syre(model).attach(optimizer)"
+_SPRED = "from parasym.methods import spred; handle = spred(model, 1e-4, group='out').apply(optimizer)"
+
 
 @dataclass(frozen=True)
 class _Remedy:
@@ -15,6 +18,7 @@ class _Remedy:
     why: str
     command: str = ""
     method: str = ""
+    training: str = ""
 
 
 def advice(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -22,7 +26,8 @@ def advice(rows: Sequence[Row]) -> list[dict[str, str]]:
 
     Commands are one-liners for a Python session in which ``model`` is the audited model and ``args``, ``kwargs`` its arguments, or empty
     where no command does it. ``method`` names the method of `parasym.methods` that acts on the finding (`parasym fix --method` does the
-    same from the command line), and is empty where none does.
+    same from the command line), and is empty where none does. ``training`` is a line for the training script, where the remedy acts
+    through training and needs its data: ``model``, ``args``, ``kwargs`` as above and the ``optimizer``.
 
     Args:
         rows: from :func:`collapse` or :func:`weight_collapse`.
@@ -33,7 +38,7 @@ def advice(rows: Sequence[Row]) -> list[dict[str, str]]:
         if remedy is not None:
             command = remedy.command or _python(remedy.method)
             row = {"severity": remedy.severity, "where": r["where"], "what": remedy.what, "why": remedy.why}
-            out.append({**row, "command": command, "method": remedy.method})
+            out.append({**row, "command": command, "method": remedy.method, "training": remedy.training})
     order = {"high": 0, "medium": 1, "low": 2, "info": 3}
     return sorted(out, key=lambda a: order[a["severity"]])
 
@@ -70,11 +75,16 @@ def _remedy(r: Row) -> _Remedy | None:
         return _Remedy(
             "high" if share > 0.2 else "medium" if share > 0.02 else "low",
             f"{r['count']} of {r['of']} units {_are(r)} dead",
-            why + do + " To use it again, draw its in-weights anew (revive).",
+            why
+            + do
+            + " To use it again, draw its in-weights anew (revive)."
+            + (" Syre keeps units alive from then on." if r["removable"] else " Spred lets training decide which units go."),
             method="compress" if r["removable"] else "revive",
+            training=_SYRE if r["removable"] else _SPRED,
         )
     if kind == "duplicate" and r.get("parameters_lost", 0):
         equal = note.startswith("in- and out-weights equal")
+        exact = equal and max((d for d in r["distance"] or [] if d is not None), default=0.0) <= 1e-9
         why = (
             "Equal units get equal gradients, so SGD, momentum and Adam never part them; weight decay pulls near copies together."
             if equal
@@ -83,8 +93,11 @@ def _remedy(r: Row) -> _Remedy | None:
         return _Remedy(
             "medium" if equal else "low",
             f"{r['count']} of {r['of']} units {'repeats another' if r['count'] == 1 else 'repeat others'}",
-            why + " Merge them (compress adds their out-weights), or draw one of each pair anew (revive).",
+            why
+            + " Merge them (compress adds their out-weights), or draw one of each pair anew (revive)."
+            + (" Syre parts equal units in training." if exact else " DCS makes near copies equal in training."),
             method="compress" if r["removable"] else "revive" if equal else "",
+            training=_SYRE if exact else _merge(r),
         )
     if kind in ("always-on", "linearised"):
         return _Remedy(
@@ -97,13 +110,16 @@ def _remedy(r: Row) -> _Remedy | None:
         return _Remedy(
             "medium" if share > 0.25 else "low",
             f"{r['count']} of {r['of']} directions {_are(r)} empty",
-            why + " Use a smaller inner width, or less decay on these factors.",
+            why + " Use a smaller inner width, or less decay on these factors; syre with a random metric keeps them at full rank.",
+            training=_SYRE.replace("syre(model)", "syre(model, metric='random')"),
         )
     if kind == "head":
         return _Remedy(
             "medium",
             f"{r['count']} of {r['of']} heads {'vanishes or repeats another' if r['count'] == 1 else 'vanish or repeat others'}",
-            "A head whose product vanishes adds nothing of its own; equal heads get equal gradients. Prune them, or decay attention less.",
+            "A head whose product vanishes adds nothing of its own; equal heads get equal gradients. Prune them, or decay attention less; "
+            "syre parts them.",
+            training=_SYRE,
         )
     if kind == "norm-dead":
         return _Remedy(
@@ -132,6 +148,19 @@ def _freeze(r: Row) -> str:
 def _decay() -> str:
     wide, narrow = (f"[p for p in model.parameters() if p.dim() {test} 2]" for test in (">=", "<"))
     return f"groups = [{{'params': {wide}}}, {{'params': {narrow}, 'weight_decay': 0.0}}]"
+
+
+def _merge(r: Row) -> str:
+    """The line that makes near copies equal through training, with the symmetry that exchanges them."""
+    if not r.get("groups") or not r["parameters"]:
+        return ""
+    return (
+        "import parasym; from parasym.methods import dcs; from parasym.symmetry.mirror import Mirror; "
+        "swap = next(s for s in parasym.symmetries(model, args, kwargs) "
+        f"if 'exchange' in s.name and {r['parameters'][0]!r} in s.parameters); "
+        f"mirror = Mirror.merged(swap, dict(model.named_parameters()), {r['groups'][0]!r}); "
+        "handle = dcs(model, mirror, 1e-3, inputs=[(args, kwargs)]).apply(optimizer)"
+    )
 
 
 def _python(method: str) -> str:

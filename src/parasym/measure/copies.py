@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parasym.measure.findings import Row, Thresholds, finding
+from parasym.measure.findings import LISTED, Row, Thresholds, finding
 from parasym.measure.slices import CHUNK, Read, Rows, parts
 from parasym.measure.units import Layer
 from parasym.symmetry.dictionary import Entry
@@ -287,10 +287,14 @@ def weight_rows(where: str, blocks: Blocks, parameters: Sequence[str], t: Thresh
         others = sorted(x for v in groups.values() for x in v)
         if others:
             note = f"{what}, copies of {some(groups)}; weights only, nothing was run"
-            rows.append(
-                finding("duplicate", where, others, size, [distance.get(x) for x in others], len(others) * blocks.lost, note, parameters)
-            )
+            row = finding("duplicate", where, others, size, [distance.get(x) for x in others], len(others) * blocks.lost, note, parameters)
+            rows.append({**row, "groups": listed(groups)})
     return rows
+
+
+def listed(groups: Mapping[int, Sequence[int]]) -> list[list[int]]:
+    """Some of the sets of like units, each with its representative first."""
+    return [[k, *groups[k]][:LISTED] for k in sorted(groups)[:8]]
 
 
 def some(groups: Mapping[int, Sequence[int]]) -> str:

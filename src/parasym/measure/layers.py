@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from parasym.measure.activity import out_axis, replay, unit_samples
-from parasym.measure.copies import Blocks, alike, some, unit_blocks, zero_units
+from parasym.measure.copies import Blocks, alike, listed, some, unit_blocks, zero_units
 from parasym.measure.findings import EXACT, LISTED, Row, Thresholds, exact_first, finding, judged
 from parasym.measure.judge import Judge, Swap
 from parasym.measure.units import Layer, Region, Use
@@ -247,7 +247,7 @@ def _copy_rows(layer: Layer, params: Params, judge: Judge, blocks: Blocks, quiet
             f"{what}; copies of {some(groups)}",
             layer.parameters,
         )
-        rows.append(_merge(layer, groups, params, judge, row))
+        rows.append({**_merge(layer, groups, params, judge, row), "groups": listed(groups)})
     return rows
 
 

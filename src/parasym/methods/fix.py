@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_model
-from torch import nn
 
 from parasym.core.checkpoint import load_weights
 from parasym.core.errors import CheckpointError, InputError
@@ -34,6 +32,14 @@ METHODS = {
     "compress": "cut dead, duplicate and dependent units; the outputs stay",
     "prune": "set the least important weights to zero, --keep of them stay; no layer collapses",
     "revive": "draw units anew that are dead on the example inputs, or repeat others; the outputs there stay",
+}
+TRAINED = {
+    "syre": "parasym.methods.syre(model).attach(optimizer) in the training script.",
+    "dcs": "parasym.methods.dcs(model, mirror, decay, inputs=[(args, kwargs)]).apply(optimizer) in the training script.",
+    "spred": "parasym.methods.spred(model, l1).apply(optimizer) in the training script.",
+    "sharpness": "parasym.methods.teleport(model, args, to=Sharpness(loss_fn, data)) in Python (parasym.methods.objectives).",
+    "noise-equilibrium": "parasym.methods.teleport(model, args, to=NoiseEquilibrium(loss_fn, data, batch_size=...)) in Python "
+    "(parasym.methods.objectives).",
 }
 AIMS = (*NAMED, "agreement")
 SCORES = ("synflow", "magnitude", "random")
@@ -82,6 +88,8 @@ def check(wish: Wish) -> None:
         InputError: an unknown method or aim, or an option that is missing or belongs to another method.
     """
     m = wish.method
+    if m in TRAINED:
+        raise InputError(f"{m} acts while a network trains, which needs its data: {TRAINED[m]}")
     if m not in METHODS:
         raise InputError(f"There is no method {m!r}. Methods: {', '.join(METHODS)}.")
     if m == "teleport" and wish.to is None:
@@ -89,7 +97,7 @@ def check(wish: Wish) -> None:
     if wish.to is not None and m != "teleport":
         raise InputError(f"--to belongs to --method teleport, not to {m}.")
     if wish.to in ("sharpness", "noise-equilibrium"):
-        raise InputError(f"{wish.to} needs a loss and training data: use parasym.methods.teleport(model, args, to=...) in Python.")
+        raise InputError(f"{wish.to} needs a loss and training data: {TRAINED[wish.to]}")
     if wish.to is not None and wish.to not in AIMS:
         raise InputError(f"There is no aim {wish.to!r}. Aims: {', '.join(AIMS)}.")
     if (wish.reference is not None) != (wish.to == "agreement"):
@@ -112,10 +120,6 @@ def fix(loaded: Loaded, wish: Wish, progress: Tell | None = None) -> Fixed:
         CheckpointError: the reference cannot be read or does not fit.
     """
     check(wish)
-    if not isinstance(loaded.model, nn.Module) or isinstance(loaded.model, torch.export.ExportedProgram):
-        raise InputError(
-            "An exported program cannot be fixed, only audited: give the network it was made from (file.py:callable, a folder)."
-        )
     model, args, kwargs, seed = loaded.model, loaded.args, loaded.kwargs, wish.seed
     edit: Edit
     if wish.method == "balance":

@@ -435,6 +435,9 @@ class NoiseEquilibrium(Objective):
 
     Attributes:
         loss_fn, data: as `parasym.laws.equilibrium.noise_equilibrium`; batch_size of the SGD meant; lr and weight_decay go together.
+        passes: over the data, at most. tol: relative imbalance to reach.
+        floor: noise below this share of the largest counts as that much, where maps are turned (GL); few samples leave directions without
+            noise, which would run away, and a map with a condition above floor^-1/2 shows in float32 outputs.
     """
 
     loss_fn: gradients.LossFn | None
@@ -444,6 +447,7 @@ class NoiseEquilibrium(Objective):
     weight_decay: float = 0.0
     passes: int = 12
     tol: float = 1e-9
+    floor: float = 1e-4
     name = "noise-equilibrium"
 
     def value(self, problem: Problem, params: Params) -> float:
@@ -462,7 +466,7 @@ class NoiseEquilibrium(Objective):
         for done in range(self.passes):
             found = noise_equilibrium(
                 twin, self.loss_fn, self.data, [c for _, c in ordered], batch_size=self.batch_size, lr=self.lr,
-                weight_decay=self.weight_decay, passes=1, tol=self.tol,
+                weight_decay=self.weight_decay, passes=1, tol=self.tol, floor=self.floor,
             )  # fmt: skip
             start, residual = found.start if start is None else start, found.residual
             lams = [found.elements[f"{c.name}#{i}"] for i, (_, c) in enumerate(ordered)]

@@ -24,7 +24,8 @@ from parasym.methods.reparametrize import Lift, Reparametrization, select
 
 Metric = Literal["identity", "random"]
 _LOW = (torch.bfloat16, torch.float16)
-_KEYS = ("syre_seed", "syre_step")
+_KEYS = ("syre_seed", "syre_step", "syre_owed", "syre_speed")
+_SLACK, _STEPS = 5e-3, 50  # share of theta0 that is owed at most, and for how many steps
 
 
 class Syre:
@@ -94,14 +95,16 @@ class Syre:
         lifts: dict[str, Lift] = {n: Shift(self.theta0(n), self.excess(n)) for n in self.parameters}
         return Reparametrization("syre", self.model, lifts, summary=self._summary())
 
-    def attach(self, optimizer: Optimizer, *, every: int = 1, decay: Decay | None = None) -> Pull:
+    def attach(self, optimizer: Optimizer, *, every: int | None = None, decay: Decay | None = None) -> Pull:
         """Make an optimiser's own weight decay pull towards theta0, in every group whose ``weight_decay`` is positive.
 
         Args:
             optimizer: any torch optimiser with weight decay, in the gradient or decoupled (AdamW); LaProp.
-            every: steps from one pull to the next, for decoupled decay: the shrinking part acts at every step, the pull of several
-                steps is then added at once (exact but for the gradients in between, which see a point off by every * lr *
-                weight_decay * theta0). Saves memory traffic where steps are cheap.
+            every: steps from one pull to the next, for decoupled decay and for SGD. The plain decay acts at every step; the pull of
+                several steps follows from a number for each group, and is added at once (exact but for the gradients in between, which
+                see a point short of what is owed). 1: at every step. None: once 5e-3 of theta0 is owed, at least every 50 steps, which
+                saves the memory traffic where steps are cheap. Other optimisers with decay in the gradient, and a random metric unless
+                ``every`` is given, are pulled at every step.
             decay: how the decay of an optimiser of an unknown class acts.
 
         Returns:
@@ -202,40 +205,46 @@ class Shift(Lift):
 
 
 class Pull:
-    """An optimiser whose weight decay goes to theta0: a hook before each step. Made by `Syre.attach`.
+    """An optimiser whose weight decay goes to theta0, by hooks before and after each step. Made by `Syre.attach`.
 
-    Coupled decay: the gradient gets weight_decay (D (theta - theta0) - theta) before the step, so ``grad`` holds the pull afterwards.
-    Decoupled: the optimiser shrinks the weights as ever, and what is missing is added just before. Exact for any group options,
-    scalers, shards and closures (the pull then acts after the closure). The optimiser's ``state_dict`` carries the seed and the count
-    of steps; save `Syre.state_dict` beside it.
+    Decoupled: the optimiser shrinks the weights as ever, and what is missing is added just before. Decay in the gradient: SGD is linear, so
+    its momentum's answer to a constant pull is a number, and what that makes of theta0 is added to the weights after the step; any other
+    optimiser gets weight_decay D (theta - theta0) in its gradient, so ``grad`` holds the decay afterwards. Right for any group options,
+    scalers, shards and closures (a gradient gets its pull after the closure). The optimiser's ``state_dict`` carries the seed, what is
+    owed and the count of steps; save `Syre.state_dict` beside it. A step that a fused scaler skips forgets what was due.
     """
 
-    def __init__(self, anchor: Syre, optimizer: Optimizer, every: int = 1, decay: Decay | None = None) -> None:
-        if every < 1:
+    def __init__(self, anchor: Syre, optimizer: Optimizer, every: int | None = None, decay: Decay | None = None) -> None:
+        if every is not None and every < 1:
             raise InputError(f"every must be at least 1, got {every}.")
         if any("syre_seed" in g for g in optimizer.param_groups):
             raise InputError("This optimiser decays to a random point already: undo() the first.")
         self.anchor, self.optimizer, self.every, self.told = anchor, optimizer, every, decay
         self._names = {p: n for n, p in anchor.parameters.items()}
+        self._lent: list[tuple[dict[str, Any], float]] = []
         pulled = False
         for group in optimizer.param_groups:
-            kind = decay_of(optimizer, group, decay) if group.get("weight_decay") or "weight_decay" not in group else "decoupled"
-            if kind == "l2" and every > 1 and group["weight_decay"]:
-                raise InputError("every > 1 needs decoupled weight decay: in the gradient the pull must be there at every step.")
-            mine = [p for p in group["params"] if p in self._names]
-            pulled |= bool(mine and group["weight_decay"])
+            way = self._way(group) if group.get("weight_decay") or "weight_decay" not in group else "shrink"
+            if way == "gradient" and every is not None and every > 1 and group["weight_decay"]:
+                raise InputError(
+                    "every > 1 needs decoupled weight decay or SGD (with the identity metric, neither fused nor compiled): in the gradient "
+                    "of another optimiser the pull must be there at every step."
+                )
+            pulled |= bool(group["weight_decay"] and any(p in self._names for p in group["params"]))
         if not pulled:
             raise InputError(
                 "No group of this optimiser has weight decay on a parameter of the model: without decay theta0 does nothing "
                 "(syre Prop. 1). Set weight_decay, and give syre and the optimiser the same model."
             )
         for group in optimizer.param_groups:
-            group["syre_seed"], group["syre_step"] = anchor.seed, 0
-        self._handle = optimizer.register_step_pre_hook(self._before)
+            self._enter(group)
+        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 
     def undo(self) -> None:
         """Give the optimiser its plain decay back; the weights stay as they are."""
-        self._handle.remove()
+        self._give_back()
+        for handle in self._handles:
+            handle.remove()
         for group in self.optimizer.param_groups:
             for key in _KEYS:
                 group.pop(key, None)
@@ -245,54 +254,127 @@ class Pull:
         self.undo()
         return self.anchor.model
 
-    def _groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor], list[str], Decay]]:
+    def _enter(self, group: dict[str, Any]) -> None:
+        started = any("momentum_buffer" in self.optimizer.state[p] for p in group["params"] if p in self.optimizer.state)
+        last = (self.every or _STEPS) - 1
+        group["syre_seed"], group["syre_step"] = self.anchor.seed, last if self.every is None else 0  # the first pull comes at once
+        group["syre_owed"], group["syre_speed"] = 0.0, 0.0 if started else None
+
+    def _way(self, group: Mapping[str, Any]) -> Literal["shrink", "momentum", "gradient"]:
+        """How the decay of a group enters, and with it the pull."""
+        if decay_of(self.optimizer, group, self.told) == "decoupled":
+            return "shrink"
+        linear = isinstance(self.optimizer, torch.optim.SGD) and not self.anchor.spread and not group.get("fused") and self.every != 1
+        return "momentum" if linear and not isinstance(group["lr"], Tensor) and not torch.compiler.is_compiling() else "gradient"
+
+    def _groups(self) -> Iterator[tuple[dict[str, Any], Literal["shrink", "momentum", "gradient"]]]:
         for group in self.optimizer.param_groups:
             if "syre_seed" not in group:  # added since
-                group["syre_seed"], group["syre_step"] = self.anchor.seed, 0
+                self._enter(group)
             if group["syre_seed"] != self.anchor.seed:
                 raise InputError(
                     f"This optimiser was trained towards the theta0 of seed {group['syre_seed']}, not {self.anchor.seed}: "
                     "load the syre state saved with it (Syre.load_state_dict)."
                 )
-            if group["weight_decay"]:
-                params = [p for p in group["params"] if p in self._names and p.grad is not None]
-                if params:
-                    yield group, params, [self._names[p] for p in params], decay_of(self.optimizer, group, self.told)
+            if group["weight_decay"] and any(p.grad is not None for p in group["params"]):
+                yield group, self._way(group)
+
+    def _held(self, group: Mapping[str, Any]) -> tuple[list[Tensor], list[str]]:
+        """The parameters of a group that this step moves, and their names."""
+        params = [p for p in group["params"] if p.grad is not None and p in self._names]
+        return params, [self._names[p] for p in params]
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._give_back()  # of a step that raised an error
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._act(optimizer)
+            self._act()
             return None
 
         def followed() -> Any:
             loss = closure()  # it clears the gradients and makes new ones: what came before would be lost
-            self._act(optimizer)
+            self._act(inside=True)
             return loss
 
         return (args, {**kwargs, "closure": followed}) if "closure" in kwargs else ((args[0], followed, *args[2:]), kwargs)
 
     @torch.no_grad()
-    def _act(self, optimizer: Optimizer) -> None:
+    def _act(self, inside: bool = False) -> None:
+        """Before the step, or ``inside`` it, where the optimiser may have read its options."""
         groups = list(self._groups())
-        for group, _, _, kind in groups:  # before anything is written
-            if kind == "decoupled" and _wipes(decay_rate(optimizer, group)):
+        for group, way in groups:  # before anything is written
+            if way == "shrink" and _wipes(decay_rate(self.optimizer, group)):
                 raise InputError("lr * weight_decay = 1 wipes the weights at every step, and theta0 with them: lower one of the two.")
-        for group, params, names, kind in groups:
-            if self.every > 1:  # a number that changes would make a compiled step compile again
-                group["syre_step"] += 1
-            like = params[0].dtype
-            if kind == "l2":
-                rate: Any = (1.0 if group.get("maximize") else -1.0) * group["weight_decay"]
-                scale = getattr(optimizer, "grad_scale", None)  # a fused step unscales by itself
-                grads = [p.grad for p in params if p.grad is not None]
-                _add(grads, self._pull(params, names), rate if scale is None else rate * scale.to(like))
-            elif group["syre_step"] % self.every == 0:
-                lost: Any = decay_rate(optimizer, group)
-                kept = 1 - lost  # this step shrinks what is added now as well
-                rate = (lost if self.every == 1 else 1 - kept**self.every) / kept
-                found = getattr(optimizer, "found_inf", None)  # a fused step skips by itself
-                _add(params, self._pull(params, names), rate if found is None else rate * (1 - found.to(like)))
+        for group, way in groups:
+            if way == "shrink":
+                self._shrink(group)
+            elif way == "gradient":
+                self._gradient(group, inside)
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._give_back()
+        for group, way in self._groups():
+            if way == "momentum":
+                self._momentum(group)
+
+    def _shrink(self, group: dict[str, Any]) -> None:
+        """Decoupled decay: what this step owes, or what has been owed for some steps, before the step, which shrinks it as well."""
+        lost: Any = decay_rate(self.optimizer, group)
+        kept = 1 - lost
+        often = self.every is None and (self.anchor.spread is not None or torch.compiler.is_compiling())
+        rate: Any = lost / kept
+        if self.every != 1 and not often and not isinstance(lost, Tensor):  # a number that changes would compile a step again
+            rate = self._due(group, group["syre_owed"] + rate, kept)
+        if isinstance(rate, Tensor) or rate:
+            found = getattr(self.optimizer, "found_inf", None)  # a fused step skips by itself
+            params, names = self._held(group)
+            if params:
+                _add(params, self._pull(params, names), rate if found is None else rate * (1 - found.to(params[0].dtype)))
+
+    def _momentum(self, group: dict[str, Any]) -> None:
+        """SGD: the weights are those of plain decay plus a multiple of theta0, which takes the optimiser's own steps.
+
+        The multiple x has the gradient weight_decay (x - 1) and a momentum of its own. What is added to the weights is no longer owed, and
+        decays with them; the momentum stays, by linearity.
+        """
+        mu, slope = group["momentum"], group["weight_decay"] * (group["syre_owed"] - 1)
+        step = slope
+        if mu:
+            old = group["syre_speed"]  # the first buffer of SGD is the gradient itself
+            group["syre_speed"] = speed = slope if old is None else mu * old + (1 - group["dampening"]) * slope
+            step = slope + mu * speed if group["nesterov"] else speed
+        rate = self._due(group, group["syre_owed"] - group["lr"] * step, 1.0)
+        params, names = self._held(group) if rate else ([], [])
+        if params:
+            _add(params, self._pull(params, names), rate)
+
+    def _due(self, group: dict[str, Any], owed: float, kept: float) -> float:
+        """What is to be paid now of what is owed: all of it or nothing."""
+        group["syre_step"] += 1
+        due = group["syre_step"] >= (self.every or _STEPS) or (self.every is None and abs(owed) >= _SLACK)
+        group["syre_owed"], group["syre_step"] = (0.0, 0) if due else (kept * owed, group["syre_step"])
+        return owed if due else 0.0
+
+    def _gradient(self, group: dict[str, Any], inside: bool) -> None:
+        """Decay in the gradient: all of it here, and none by the optimiser, in place of one pass more over the weights."""
+        params, names = self._held(group)
+        if not params:
+            return
+        grads = [p.grad for p in params if p.grad is not None]
+        rate: Any = (-1.0 if group.get("maximize") else 1.0) * group["weight_decay"]
+        if not inside and not group.get("fused") and len(params) == sum(p.grad is not None for p in group["params"]):
+            _add(grads, params, rate)
+            self._lent.append((group, group["weight_decay"]))
+            group["weight_decay"] = 0.0
+        scale = getattr(self.optimizer, "grad_scale", None)  # a fused step unscales by itself
+        _add(grads, self._pull(params, names), -rate if scale is None else -rate * scale.to(params[0].dtype))
+
+    def _give_back(self) -> None:
+        """The groups' own weight decay."""
+        for group, rate in self._lent:
+            group["weight_decay"] = rate
+        self._lent = []
 
     def _pull(self, params: list[Tensor], names: list[str]) -> list[Tensor]:
         """theta - D (theta - theta0) for each parameter: what decay towards theta0 gives beyond the plain one."""
