@@ -22,7 +22,7 @@ from parasym.core.errors import InputError
 from parasym.gallery import dcs_mirror_symmetry as dcs
 from parasym.gallery import equivariance_toolbox as toolbox
 from parasym.gallery import stochastic_collapse as collapse
-from parasym.gallery.contract import Check, Entry, Figure, Part, Result, control, holds, match
+from parasym.gallery.contract import Check, Entry, Figure, Part, Result, control, holds, match, refuted
 from parasym.gallery.drawings import agreement, bars, curves
 from parasym.gallery.ensemble import Ensemble, slope
 from parasym.gallery.runner import cell_key, run_entry
@@ -77,6 +77,14 @@ def test_inequalities_and_controls() -> None:
         holds("a", 1.0, source="s")
     with pytest.raises(ValueError, match="exactly one"):
         holds("a", 1.0, at_least=0.0, at_most=2.0, source="s")
+
+
+def test_a_refuted_demand_passes_only_while_it_is_missed() -> None:
+    found = refuted("a", [0.5, 0.2], at_least=0.3, source="s")
+    assert found.passed and found.kind == "refuted" and found.error == pytest.approx(0.1)
+    assert not refuted("it holds after all", [0.5, 0.3], at_least=0.3, source="s").passed
+    assert not refuted("not a number", [0.1, math.nan], at_least=0.3, source="s").passed
+    assert not refuted("not finite", math.inf, at_most=1.0, source="s").passed
 
 
 @pytest.mark.parametrize("measured", [[], [1.0, 2.0, 3.0]])
@@ -430,7 +438,7 @@ def test_entries_pass_at_smoke_size(slug: str) -> None:
     failed = [f"{check.claim}: predicted {check.predicted}, measured {check.measured}" for check in result.checks if not check.passed]
     assert not failed
     assert result.passed
-    assert {check.kind for check in result.checks} == {"match", "control"}
+    assert {check.kind for check in result.checks} >= {"match", "control"}
     assert all(check.source for check in result.checks)
     again = Result.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
     assert again.to_dict() == result.to_dict()

@@ -28,7 +28,7 @@ def test_every_check_passes_at_smoke_size(file: str) -> None:
     assert found.slug == file.replace("_", "-") and set(found.presets) == {"smoke", "default", "full"}
     result = run_entry(found, found.config("smoke"), preset="smoke")
     assert result.passed, [(c.claim, c.predicted, c.measured, c.error) for c in result.checks if not c.passed]
-    assert {c.kind for c in result.checks} == {"match", "control"} and len(result.seeds) >= 3
+    assert {c.kind for c in result.checks} >= {"match", "control"} and len(result.seeds) >= 3
     assert all(c.source.startswith(f"{found.slug} ") for c in result.checks)
     again = Result.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
     assert again.passed and len(again.checks) == len(result.checks)

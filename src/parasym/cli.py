@@ -605,7 +605,7 @@ def _show_result(result: Any) -> None:
     )
     for check in result.checks:
         mark = Text("pass", "green") if check.passed else Text("FAIL", "bold red")
-        kind = " (control)" if check.kind == "control" else ""
+        kind = "" if check.kind == "match" else f" ({check.kind})"
         bound = "" if check.relation == "=" else f"{check.relation} "
         table.add_row(
             mark,

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parasym.gallery.contract import Check, Entry, Figure, Part, Result, control, holds, match
+    from parasym.gallery.contract import Check, Entry, Figure, Part, Result, control, holds, match, refuted
     from parasym.gallery.page import report
     from parasym.gallery.registry import entries
     from parasym.gallery.runner import run
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Check", "Diagram", "Entry", "Figure", "Part", "Quantity", "Result", "Store", "Sweep", "control", "entries", "holds", "match",
-    "report", "run", "sweep_of",
+    "refuted", "report", "run", "sweep_of",
 ]  # fmt: skip
 
 _SWEEP = ("Diagram", "Quantity", "Sweep", "sweep_of")

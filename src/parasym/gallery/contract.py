@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from parasym.gallery.drawings import Drawing, drawing_named, name_of
 
 Number = float | int | Tensor | Sequence[Any]
 Relation = Literal["=", ">=", "<="]
-CheckKind = Literal["match", "control"]
+CheckKind = Literal["match", "control", "refuted"]
 _PLAIN = ("slug", "preset", "config", "seconds", "environment", "title", "paper")
 
 
@@ -34,7 +34,8 @@ class Check:
         error: for "=", the largest absolute difference (relative if ``relative``); for a bound, by how much it is missed.
         tolerance: the largest error that passes, in the unit of ``error``.
         passed: ``error <= tolerance`` with every value finite.
-        kind: "match" (must hold) or "control" (what must show when the mechanism is taken away).
+        kind: "match" (must hold), "control" (what must show when the mechanism is taken away) or "refuted" (a demand of the paper or
+            its dossier that this run does not bear out: ``error`` says by how much, and the check passes only while it is missed).
         source: paper slug and result, for example "dcs-mirror-symmetry A1".
         relation: how measured is compared with predicted.
         relative: whether ``error`` is divided by the size of the prediction.
@@ -102,6 +103,14 @@ def control(
 ) -> Check:
     """What must show when the mechanism is taken away, as an inequality on every measured value."""
     return _bounded(claim, measured, at_least, at_most, "control", source, spread)
+
+
+def refuted(claim: str, measured: Number, *, at_least: Number | None = None, at_most: Number | None = None, source: str,
+            spread: Number = ()) -> Check:  # fmt: skip
+    """A negative result: a demand that is not borne out. It passes only while some measured value misses the bound, so that a claim
+    which comes true has to be entered as `holds`; the entry says in its docstring why the demand fails."""
+    missed = _bounded(claim, measured, at_least, at_most, "refuted", source, spread)
+    return replace(missed, passed=math.isfinite(missed.error) and missed.error > 0)
 
 
 def flat(value: Number) -> tuple[float, ...]:

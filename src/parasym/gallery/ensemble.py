@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,29 @@ def slope(times: Tensor, values: Tensor) -> Tensor:
 def standard_error(values: Tensor, dim: int = -1) -> Tensor:
     """Standard error of the mean of independent values along ``dim``."""
     return values.std(dim) / values.shape[dim] ** 0.5
+
+
+def settle(loss: Callable[[Tensor], Tensor], minimum: Tensor, kick: float, steps: int, seed: int) -> tuple[Tensor, Tensor, float]:
+    """Descent without noise from near a minimum: the control of what noise does along a valley.
+
+    Args:
+        loss: of flat weights (p,), twice differentiable.
+        minimum: (p,), a global minimum.
+        kick: how far the start lies from it, over its norm, in a random direction.
+        steps: of size one over the largest curvature at the minimum.
+        seed: of the direction.
+
+    Returns:
+        The start, the end, and by what factor the excess of the loss fell (at most to round-off).
+    """
+    aside = Ensemble((seed,)).normal(len(minimum))[0]
+    start = minimum + kick * minimum.norm() / aside.norm() * aside
+    gradient, end = torch.func.grad(loss), start
+    rate = 1 / torch.linalg.eigvalsh(torch.func.hessian(loss)(minimum))[-1]
+    for _ in range(steps):
+        end = end - rate * gradient(end)
+    least = loss(minimum)
+    return start, end, float((loss(start) - least) / (loss(end) - least).clamp_min(1e-15 * float(least)))
 
 
 def plain(values: Tensor) -> list[float]:

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
+from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match, refuted
 from parasym.gallery.drawings import curves
-from parasym.gallery.ensemble import Ensemble
+from parasym.gallery.ensemble import Ensemble, settle
 from parasym.solvable.chains import (
     Chain,
     chain_fluctuation,
@@ -60,6 +60,8 @@ class AlgebraConfig:
     kappas: tuple[float, ...] = (1.0, 10.0, 100.0, 1e4)
     extreme: tuple[float, float] = (1e8, 1e10)
     gauges: int = 200
+    kick: float = 0.02
+    descent: int = 500
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -70,7 +72,8 @@ def _covariance(draws: Ensemble, n: int) -> Tensor:
 
 def algebra(config: AlgebraConfig) -> Part:
     """R1-R5, R9, E3: closed forms against direct evaluation, automatic differentiation, random gauges and minimisation."""
-    rows: dict[str, list[float]] = {key: [] for key in ("fluctuation", "trace", "top", "flattest", "gauge", "growth", "edge", "still")}
+    names = ("fluctuation", "trace", "top", "flattest", "gauge", "growth", "edge", "still", "fell")
+    rows: dict[str, list[float]] = {key: [] for key in names}
     ratios: dict[int, list[list[float]]] = {len(w) + 1: [] for w in config.widths}
     for seed in config.seeds:
         draws, g = Ensemble((seed,)), torch.Generator().manual_seed(seed)
@@ -90,8 +93,9 @@ def algebra(config: AlgebraConfig) -> Part:
             rows["gauge"].append(min(float(chain_fluctuation(o, X, noise)) for o in others) / chain.fluctuation())
             flat = minimise_gauge(W, lambda o, X=X, c=chain: hessian_trace(o, X) / c.flattest_sharpness(), seed)  # type: ignore[misc]
             rows["flattest"].append(float(hessian_trace(flat, X)) / chain.flattest_sharpness() - 1)
-            flattest = torch.cat([w.reshape(-1) for w in chain.flattest().weights(widths, g)])
-            rows["still"].append(float(torch.func.grad(model.loss)(flattest).norm()))
+            change, fell = _descent(model, config, g, seed)
+            rows["still"].append(change)
+            rows["fell"].append(fell)
             kinds = [replace(chain, noise=turn @ spaced(k, config.outs) @ turn.T) for k in config.kappas]
             ratios[len(widths) + 1].append([c.sharpness() / c.flattest_sharpness() for c in kinds])
             far = [replace(chain, noise=turn @ spaced(k, config.outs) @ turn.T).sharpness() for k in config.extreme]
@@ -119,8 +123,9 @@ def algebra(config: AlgebraConfig) -> Part:
         match("rank-one target: tr H and the flattest over their formulas - 1", 0.0, rows["edge"][0::2], 1e-10, source=f"{SLUG} R9"),
         match("rank-one target, anisotropic noise with p.Sigma p = te / d_y: tr H over the flattest", 1.0, rows["edge"][1::2], 1e-10,
               source=f"{SLUG} R9"),
-        control("full-batch descent from the flattest minimum: norm of the population gradient", rows["still"], at_most=1e-10,
-                source=f"{SLUG} E3"),
+        control("full-batch descent from near the flattest minimum: |change| of tr H from it, relative", rows["still"], at_most=0.01,
+                source=f"{SLUG} E3", spread=rows["still"]),
+        holds("the same: its excess loss fell, start over end", rows["fell"], at_least=100.0, source=f"{SLUG} E3", spread=rows["fell"]),
     )  # fmt: skip
     series = [{"name": f"D = {d}", "x": list(config.kappas), "y": seen[i].mean(0).tolist(), "low": seen[i].amin(0).tolist(),
                "high": seen[i].amax(0).tolist()} for i, d in enumerate(ratios)]  # fmt: skip
@@ -128,6 +133,14 @@ def algebra(config: AlgebraConfig) -> Part:
     return Part(
         checks, (Figure("sharpness at convergence", data, curves, "Over the flattest minimum; the band is the spread of the seeds."),)
     )
+
+
+def _descent(model: LinearRegressionNetwork, config: AlgebraConfig, g: torch.Generator, seed: int) -> tuple[float, float]:
+    """|tr H - flattest| / flattest after noiseless descent from near the flattest minimum, and by what factor the excess loss fell."""
+    flattest = model.chain.flattest().weights(model.widths, g)
+    _, end, fell = settle(model.loss, torch.cat([w.reshape(-1) for w in flattest]), config.kick, config.descent, seed)
+    X = model.chain.inputs
+    return abs(float(hessian_trace(model.unflatten(end), X) / hessian_trace(flattest, X)) - 1), fell
 
 
 def _depths(config: AlgebraConfig) -> Tensor:
@@ -340,7 +353,8 @@ class StudentConfig:
     ``kind``: "mlp" 4-16-3 with ReLU, teacher with 6 units; "rnn", 12 tanh units over 3 tokens, read out from the last state; "transformer",
     width 12, one head, residual attention and ReLU feed-forward of 24, no norm, mean-pooled. No biases. Start N(0, 1/fan_in) (recurrent
     x .7), the same for every kappa and replica of a seed; Gauss-Newton trace 2 E|df/dtheta|^2 on ``probe`` inputs at ``points`` times.
-    The ratio of an MLP depends on its teacher: 1.07 to 1.89 over ten of them, so the dossier's 1.1 is asked of the mean over seeds.
+    The ratio of an MLP depends on its teacher: 1.07 to 1.89 over ten of them. The dossier's demand of 1.1 for each of its four (E4) is
+    therefore entered as refuted (``strict``); ``each`` and ``mean`` are those of E5.
     """
 
     kind: str = "mlp"
@@ -353,6 +367,7 @@ class StudentConfig:
     kappas: tuple[float, ...] = (1.0, 1000.0)
     each: float = 1.03
     mean: float = 1.1
+    strict: float | None = None
     source: str = "E4"
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -445,19 +460,22 @@ def nonlinear(config: StudentConfig) -> Part:
     late = traces[..., -3:].mean(-1)
     ratio = late[:, -1] / late[:, 0]
     where = f"{config.kind}, kappa {config.kappas[-1]:g} over kappa {config.kappas[0]:g}"
-    checks = (
+    checks = [
         holds(f"{where}: Gauss-Newton trace, mean of the last three readings, every seed", ratio, at_least=config.each,
               source=f"{SLUG} {config.source}, R8", spread=ratio),
         holds(f"{where}: its mean over the seeds", ratio.mean(), at_least=config.mean, source=f"{SLUG} {config.source}", spread=ratio),
-        control(f"{config.kind}: the start is the same for both, ratio", traces[:, -1, 0] / traces[:, 0, 0], at_most=1 + 1e-6,
-                source=f"{SLUG} {config.source}"),
         holds(f"{config.kind}: both are fitted: E|f - teacher|^2 over the trace of the label noise", fit / 3.0, at_most=0.25,
               source=f"{SLUG} {config.source}", spread=fit[:, -1]),
-    )  # fmt: skip
+    ]  # fmt: skip
+    if config.strict is not None:
+        checks.append(refuted(f"{where}: the same ratio, every seed", ratio, at_least=config.strict, source=f"{SLUG} {config.source}",
+                              spread=ratio))  # fmt: skip
     times = [config.steps * k // config.points for k in range(traces.shape[-1])]
     series = [{"name": f"kappa {k:g}", "x": times, "y": traces[:, i].mean(0).tolist(), "low": traces[:, i].amin(0).tolist(),
                "high": traces[:, i].amax(0).tolist()} for i, k in enumerate(config.kappas)]  # fmt: skip
-    return Part(checks, (Figure(f"sharpness of the {config.kind}", {"series": series, "x": "step", "y": "2 E|df/dtheta|^2"}, curves),))
+    return Part(
+        tuple(checks), (Figure(f"sharpness of the {config.kind}", {"series": series, "x": "step", "y": "2 E|df/dtheta|^2"}, curves),)
+    )
 
 
 @dataclass(frozen=True)
@@ -468,7 +486,7 @@ class Config:
     stationary: StationaryConfig | None = StationaryConfig()
     sharpening: SharpeningConfig | None = SharpeningConfig()
     paper: PaperConfig | None = PaperConfig()
-    mlp: StudentConfig | None = StudentConfig()
+    mlp: StudentConfig | None = StudentConfig(strict=1.1)
     rnn: StudentConfig | None = StudentConfig("rnn", batch=4, steps=8000, replicas=4, points=10, probe=128, source="E5")
     transformer: StudentConfig | None = StudentConfig("transformer", batch=4, steps=6000, replicas=4, points=10, probe=128, source="E5")
 
@@ -497,7 +515,7 @@ ENTRY = Entry(
             stationary=StationaryConfig(steps=600_000, replicas=100, seeds=tuple(range(5))),
             sharpening=SharpeningConfig(seeds=tuple(range(5))),
             paper=PaperConfig(steps=100_000),
-            mlp=StudentConfig(seeds=tuple(range(4))),
+            mlp=StudentConfig(strict=1.1, seeds=tuple(range(4))),
             rnn=StudentConfig("rnn", batch=4, steps=40_000, replicas=4, points=10, probe=128, source="E5"),
             transformer=StudentConfig("transformer", batch=4, steps=40_000, replicas=4, points=10, probe=128, source="E5"),
         ),

@@ -44,13 +44,14 @@ seeds {{ result.seeds|join(", ") or "none" }} &middot;
 <div class="wide"><table><thead><tr><th>Claim</th><th>Predicted</th><th>Measured</th><th>Error</th><th>Tolerance</th><th>Verdict</th>
 </tr></thead>
 <tbody>{% for check in result.checks %}<tr>
-<td>{{ check.claim }}<br><span class="soft">{{ check.source }}{% if check.kind == "control" %} &middot; control{% endif %}</span></td>
+<td>{{ check.claim }}<br>
+<span class="soft">{{ check.source }}{% if check.kind != "match" %} &middot; {{ check.kind }}{% endif %}</span></td>
 <td class="number">{{ check|predicted }}</td>
 <td class="number">{{ check.measured|numbers }}{% if check.spread and check.spread != check.measured %}
 <br><span class="soft">seeds {{ check.spread|numbers }}</span>{% endif %}</td>
 {% if check.relation == "=" %}<td class="number short">{{ check.error|number }}{{ " rel." if check.relative }}</td>
 <td class="number short">{{ check.tolerance|number }}</td>{% else %}
-<td class="number short">{{ "missed by " ~ (check.error|number) if not check.passed }}</td><td></td>{% endif %}
+<td class="number short">{{ "missed by " ~ (check.error|number) if check.error }}</td><td></td>{% endif %}
 <td class="{{ "good" if check.passed else "bad" }}">{{ "pass" if check.passed else "FAIL" }}</td>
 </tr>{% endfor %}</tbody></table></div>
 <div class="figures">{% for figure in item.figures %}<figure style="margin:0"><h3>{{ figure.name }}</h3>{{ figure.html }}

@@ -18,9 +18,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
+from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match, refuted
 from parasym.gallery.drawings import bars, heatmap
-from parasym.gallery.ensemble import Ensemble
+from parasym.gallery.ensemble import Ensemble, settle
 from parasym.measure.alignment import alignment
 from parasym.solvable.chains import (
     balance_gap,
@@ -28,7 +28,6 @@ from parasym.solvable.chains import (
     hessian_trace,
     layer_fluctuations,
     minimise_gauge,
-    product,
     signals,
     square_roots,
 )
@@ -184,6 +183,9 @@ class BreakingConfig:
     preconditioner, the last row's over the first's in every layer. The dossier lists unequal layer
     rates among what breaks the alignment; they do not: each hidden layer then has eta_(i+1) tr(G_(i+1)) H_i = eta_i tr(H_(i-1)) G_i, still
     H_i proportional to G_i, which fixes the kernel.
+
+    Every bound is asked of every seed. The dossier's bounds on decay were read off six draws; seed 0 is beyond them, so they stand here as
+    refuted: how much decay costs depends on V and the embeddings. What holds for every draw is the order.
     """
 
     decays: tuple[float, ...] = (0.01, 0.1, 1.0)
@@ -203,21 +205,28 @@ def breaking(config: BreakingConfig) -> Part:
     keep = ("intact", "orthogonal label transform of one side", "input-dependent noise on both sides", "unequal layer rates")
     cut: Mapping[str, tuple[float, str]] = {
         "random gauge": (0.95, "R5, E3"),
-        f"decay {config.decays[-1]:g}": (0.995, "E3"),
-        "decay only": (0.985, "E3"),
         "label transform of one side": (0.9, "E3"),
         "noise reversed on one side": (0.9, "E3"),
         "input-dependent noise on one side": (0.9995, "R6"),
         "diagonal preconditioner": (0.9995, "R6"),
-    }  # how much each breaks depends on the draw of V and the embeddings, so the dossier's bounds are put to the mean over seeds
+    }
+    looser: Mapping[str, float] = {f"decay {config.decays[-1]:g}": 0.995, "decay only": 0.985}
     checks: list[Check] = [
         match(f"{name}: worst cosine over all pairs of layers", 1.0, seen[name], 1e-6, source=f"{SLUG} E3, R6", spread=seen[name])
         for name in keep
     ]
     checks += [
-        control(f"{name}: worst cosine, mean over seeds", seen[name].mean(), at_most=b, source=f"{SLUG} {s}", spread=seen[name])
+        control(f"{name}: worst cosine, every seed", seen[name], at_most=b, source=f"{SLUG} {s}", spread=seen[name])
         for name, (b, s) in cut.items()
     ]
+    checks += [
+        refuted(f"{name}: worst cosine, every seed", seen[name], at_most=b, source=f"{SLUG} E3", spread=seen[name])
+        for name, b in looser.items()
+    ]
+    checks += [
+        control(f"{name}: worst cosine, every seed, is not the intact one", seen[name], at_most=0.9995, source=f"{SLUG} E3, R6",
+                spread=seen[name]) for name in looser
+    ]  # fmt: skip
     checks.append(holds("the more weight decay, the worse: smallest fall of the cosine", (decays[:-1] - decays[1:]).amin(0), at_least=0.0,
                         source=f"{SLUG} E3", spread=(decays[:-1] - decays[1:]).amin(0)))  # fmt: skip
     labels = list(seen)
@@ -284,13 +293,15 @@ def _broken(config: BreakingConfig, seed: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class SGDConfig:
-    """Both networks trained by SGD from a random gauge, I + ``gauge`` N(0, 1) / sqrt(width); kernels averaged over replicas at the end."""
+    """Both networks trained by SGD from a random gauge, I + ``gauge`` N(0, 1) / sqrt(width); kernels averaged over replicas at the end.
+    The noiseless control starts from that minimum moved by ``kick`` of its size in a random direction, so that it has a way to go."""
 
     eta: float = 0.003
     steps: int = 60_000
     replicas: int = 20
     gauge: float = 0.5
-    still_steps: int = 2000
+    kick: float = 0.01
+    still_steps: int = 500
     widths: tuple[tuple[int, ...], tuple[int, ...]] = ((4,), (3, 5))
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -298,7 +309,7 @@ class SGDConfig:
 def sgd(config: SGDConfig) -> Part:
     """E2: SGD aligns every hidden layer of both networks, with one another and with the closed form."""
     names = [f"{'AB'[i]}{k + 1}" for i, w in enumerate(config.widths) for k in range(len(w))]
-    before, after, to_theory, still, matrices = [], [], [], [], []
+    before, after, to_theory, still, settled, matrices = [], [], [], [], [], []
     for seed in config.seeds:
         rel, first, last = relation(seed), [], []
         for i, widths in enumerate(config.widths):
@@ -307,7 +318,9 @@ def sgd(config: SGDConfig) -> Part:
             run = run_sgd([model], [start], steps=config.steps, replicas=config.replicas, seed=10 * seed + i, read=False)
             first += model.kernels(start)
             last += run.kernels[0]
-            still.append(_full_batch(model, start, config.still_steps))
+            change, fell = _full_batch(model, start, config, seed)
+            still.append(change)
+            settled.append(fell)
         K = rel.network(0, config.widths[0]).platonic_kernel()
         before.append([float(kernel_cosine(a, b, rel.inputs)) for a, b in combinations(first, 2)])
         after.append([float(kernel_cosine(a, b, rel.inputs)) for a, b in combinations(last, 2)])
@@ -324,10 +337,11 @@ def sgd(config: SGDConfig) -> Part:
               spread=theory[:, i]) for i, name in enumerate(names)
     ]  # fmt: skip
     checks += [
-        control("the start, a random gauge: worst cosine over pairs", began.amin(1), at_most=0.97, source=f"{SLUG} E2",
+        control("the start, a random gauge: worst cosine over pairs", began.amin(1), at_most=0.95, source=f"{SLUG} E2",
                 spread=began.amin(1)),
-        control("full-batch descent without noise from the start: largest change of a cosine with the Platonic kernel", still, at_most=0.01,
-                source=f"{SLUG} E3"),
+        control("full-batch descent without noise from near the start: largest change of a cosine with the Platonic kernel", still,
+                at_most=0.01, source=f"{SLUG} E3", spread=still),
+        holds("the same: its excess loss fell, start over end", settled, at_least=100.0, source=f"{SLUG} E3", spread=settled),
     ]  # fmt: skip
     figures = tuple(
         Figure(f"alignment of hidden layers {when}", {"x": names, "y": names, "z": matrices[0][k], "low": 0.5, "high": 1.0,
@@ -337,15 +351,13 @@ def sgd(config: SGDConfig) -> Part:
     return Part(tuple(checks), figures)
 
 
-def _full_batch(model: EDLN, start: Sequence[Tensor], steps: int) -> float:
-    """Largest change of the cosines under descent on the population loss."""
-    theta, slope = torch.cat([w.reshape(-1) for w in start]), torch.func.grad(model.loss)
-    for _ in range(steps):
-        theta = theta - model.lr * slope(theta)
+def _full_batch(model: EDLN, start: Sequence[Tensor], config: SGDConfig, seed: int) -> tuple[float, float]:
+    """Largest change of the cosines with the Platonic kernel under noiseless descent, and by what factor the excess loss fell."""
     K, X = model.platonic_kernel(), model.inputs
-    pairs = zip(model.kernels(start), model.kernels(model.unflatten(theta)), strict=True)
-    assert torch.allclose(product(model.unflatten(theta)), product(start), atol=1e-8)
-    return max(abs(float(kernel_cosine(a, K, X) - kernel_cosine(b, K, X))) for a, b in pairs)
+    theta = torch.cat([w.reshape(-1) for w in start])
+    begin, end, fell = settle(model.loss, theta, config.kick, config.still_steps, seed + 2000)
+    pairs = zip(model.kernels(model.unflatten(begin)), model.kernels(model.unflatten(end)), strict=True)
+    return max(abs(float(kernel_cosine(a, K, X) - kernel_cosine(b, K, X))) for a, b in pairs), fell
 
 
 @dataclass(frozen=True)
@@ -370,7 +382,7 @@ ENTRY = Entry(
         "smoke": Config(
             closed=ClosedConfig(widths=((5,), (3, 3))),
             breaking=BreakingConfig(decays=(1.0,)),
-            sgd=SGDConfig(still_steps=50, widths=((4,), (3,))),
+            sgd=SGDConfig(still_steps=200, widths=((4,), (3,))),
         ),
         "default": Config(),
         "full": Config(

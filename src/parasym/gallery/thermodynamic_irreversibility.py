@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from parasym.core.operators import Layout
-from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
+from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match, refuted
 from parasym.gallery.drawings import curves
 from parasym.gallery.ensemble import Ensemble
 from parasym.laws.backward import (
@@ -94,16 +94,16 @@ def measures(config: MeasuresConfig) -> Part:
     errors = {k: torch.tensor([[run.error(k) for run in row] for row in plain], dtype=_F64) for k in KINDS}
     for kind, bound in zip(KINDS, config.bounds, strict=True):
         e = errors[kind]
-        halving = e[:, -3:-1] / e[:, -2:]
+        halving = e[:, :-1] / e[:, 1:]
         claim = f"{names[kind]}: factor by which the error falls when the rate is halved"
         checks += [
-            match(claim, 2.0, halving, 0.4, source=f"{SLUG} E1, R5", spread=halving[:, -1]),
+            match(claim, 2.0, halving, 0.3, source=f"{SLUG} E1, R5", spread=halving[:, -1]),
             holds(
                 f"{names[kind]}: relative error at eta {config.rates[-1]}", e[:, -1], at_most=bound, source=f"{SLUG} E1", spread=e[:, -1]
             ),
         ]
         with_metric = torch.tensor([[run.error(kind) for run in row] for row in metric], dtype=_F64)
-        checks.append(match(f"{names[kind]}, theta' = theta - eta P g: the same factor", 2.0, with_metric[:, 0] / with_metric[:, 1], 0.5,
+        checks.append(match(f"{names[kind]}, theta' = theta - eta P g: the same factor", 2.0, with_metric[:, 0] / with_metric[:, 1], 0.3,
                             source=f"{SLUG} R6", spread=with_metric[:, 0] / with_metric[:, 1]))  # fmt: skip
     below = torch.tensor([[_value(run) / run.potential for run in row] for row in plain], dtype=_F64)
     checks.append(holds("entropy production over the potential: always from below", below, at_most=1.0, source=f"{SLUG} E1"))
@@ -138,11 +138,13 @@ def _pairwise(run: Irreversibility) -> float:
 class RulesConfig:
     """Iterates after a burn-in of 12 / (1 - mu) (momentum) or 200 (adaptive) full-batch steps, against the plain and the corrected flow
     over a time T; (mu, eta, least gain) and (beta1, beta2, eta, least gain); eps 1e-2 inside the root. The error is the root mean square
-    distance at eight times; the gain, its ratio, differs between networks (Adam at eta 5e-4: 4.2 to 19), so the dossier's demand is put to
-    the geometric mean over seeds."""
+    distance at eight times; the gain is its ratio, demanded of every seed. ``early``: the rate at which the dossier asks a gain of 5 of
+    Adam. Seed 0 has 4.2 there (eleven of twelve networks pass: 5.5 to 19): the expansion is of first order in eta, and its next term is not
+    small yet. At half the rate every one of the twelve has 11 or more."""
 
     momentum: tuple[tuple[float, float, float], ...] = ((0.5, 0.005, 8.0), (0.9, 0.001, 3.0))
-    adaptive: tuple[tuple[float, float, float, float], ...] = ((0.0, 0.9, 5e-4, 5.0), (0.9, 0.95, 5e-4, 5.0))
+    adaptive: tuple[tuple[float, float, float, float], ...] = ((0.0, 0.9, 5e-4, 5.0), (0.9, 0.95, 2.5e-4, 5.0))
+    early: tuple[float, float, float, float] | None = (0.9, 0.95, 5e-4, 5.0)
     long: float = 2.0
     short: float = 0.5
     eps: float = 1e-2
@@ -154,7 +156,7 @@ def rules(config: RulesConfig) -> Part:
     checks: list[Check] = []
     for mu, eta, gain in config.momentum:
         seen = torch.tensor([_momentum_gain(seed, mu, eta, config.long, round(12 / (1 - mu))) for seed in config.seeds], dtype=_F64)
-        checks.append(holds(f"heavy ball, mu {mu}, eta {eta}: error of the plain flow over the corrected", _typical(seen),
+        checks.append(holds(f"heavy ball, mu {mu}, eta {eta}: error of the plain flow over the corrected", seen,
                             at_least=gain, source=f"{SLUG} E2, R8", spread=seen))  # fmt: skip
         if mu == config.momentum[0][0]:
             rest = torch.tensor([_momentum_gain(seed, mu, eta, config.long, 0) for seed in config.seeds], dtype=_F64)
@@ -163,8 +165,13 @@ def rules(config: RulesConfig) -> Part:
     for b1, b2, eta, gain in config.adaptive:
         name = "RMSprop" if b1 == 0 else "Adam"
         seen = torch.tensor([_adaptive_gain(seed, b1, b2, eta, config) for seed in config.seeds], dtype=_F64)
-        checks.append(holds(f"{name}, beta1 {b1}, beta2 {b2}, eta {eta}: error of the plain flow over the corrected", _typical(seen),
+        checks.append(holds(f"{name}, beta1 {b1}, beta2 {b2}, eta {eta}: error of the plain flow over the corrected", seen,
                             at_least=gain, source=f"{SLUG} E2, R9", spread=seen))  # fmt: skip
+    if config.early is not None:
+        b1, b2, eta, gain = config.early
+        seen = torch.tensor([_adaptive_gain(seed, b1, b2, eta, config) for seed in config.seeds], dtype=_F64)
+        checks.append(refuted(f"Adam, beta1 {b1}, beta2 {b2}, at twice that rate: the same gain for every seed", seen, at_least=gain,
+                              source=f"{SLUG} E2, R9", spread=seen))  # fmt: skip
     refused = [momentum_condition(0.02, 0.9, 1.0).status, momentum_condition(0.001, 0.9, 1.0).status]
     checks.append(control("mu .9, curvature 1: the expansion is refused at eta .02, not at .001",
                           [float(refused[0] == "not_converged"), float(refused[1] == "ok")], at_least=1.0,
@@ -465,7 +472,7 @@ ENTRY = Entry(
     presets={
         "smoke": Config(
             measures=MeasuresConfig(rates=(0.05, 0.025, 0.0125), draws=20),
-            rules=RulesConfig(momentum=((0.5, 0.005, 8.0),), adaptive=()),
+            rules=RulesConfig(momentum=((0.5, 0.005, 8.0),), adaptive=(), early=None),
             path=PathConfig(steps=200_000, still=500),
         ),
         "default": Config(),

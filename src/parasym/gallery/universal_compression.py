@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parasym.gallery.contract import Entry, Figure, Part, control, holds, match
+from parasym.gallery.contract import Entry, Figure, Part, control, holds, match, refuted
 from parasym.gallery.drawings import curves
 from parasym.laws.compression import cell_exponent, compression_bound, fixed_share_exponent, monomial_count, order_for_size
 from parasym.methods.moments import Objects, compress_dataset, compress_objects, monomials, scaled
@@ -127,7 +127,8 @@ class NetworkConfig:
     eta: float = 0.5
     steps: int = 400
     adam: float = 0.02
-    eps: float = 0.1
+    eps: tuple[float, float] = (0.1, 1e-8)
+    adam_seeds: tuple[int, ...] = (20, 21, 22, 23, 24)
     subsets: int = 5
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -168,7 +169,9 @@ def trajectory(theta: Tensor, w: Tensor, x: Tensor, y: Tensor, rule: Rule, steps
 def network(config: NetworkConfig) -> Part:
     """A2, R5: a compressed net follows the whole one through training, under any smooth rule that treats its objects alike.
 
-    Adam with a tiny eps is close to a sign rule, which is not smooth in the objects: there the compressed net follows less well.
+    Adam with a tiny eps is close to a sign rule, which is not smooth in the objects: with torch's own 1e-8 the compressed net follows less
+    well (.27 to .99 of the gap of random subsets over seeds 20 to 29; .13 to .34 at eps .1), so that the paper's claim for Adam is entered
+    as refuted there. eps .1 had been chosen on seeds 0 to 2, so both are run on ``adam_seeds``, which were not looked at before.
     """
     x = torch.linspace(-2, 2, config.samples, dtype=torch.float64)
     y = torch.sin(2 * x)
@@ -176,13 +179,11 @@ def network(config: NetworkConfig) -> Part:
     gaps: dict[int, list[float]] = {k: [] for k in config.orders}
     random: dict[int, list[float]] = {k: [] for k in config.orders}
     uniform: dict[int, list[float]] = {k: [] for k in config.orders}
-    folded, momentum, adam, cancels, learned = [], [], [], [], []
+    folded, momentum, cancels, learned = [], [], [], []
     for seed in config.seeds:
         stream = _stream(seed)
-        scale = torch.tensor([1.0, 0.5, 1.0], dtype=torch.float64)
-        theta = (_normal(stream, config.neurons, 3) * scale).clamp(-2.5, 2.5)
+        theta, even = _neurons(config, stream)
         n = config.neurons
-        even = torch.full((n,), 1 / n, dtype=torch.float64)
 
         def run(at: Tensor, w: Tensor, rule: Rule, theta: Tensor = theta) -> Tensor:
             return trajectory(theta[at], w, x, y, rule, config.steps)
@@ -206,10 +207,9 @@ def network(config: NetworkConfig) -> Part:
                 momentum.append(_against(run, kept, drawn, flat, pushed, run(every, even, pushed)))
                 adaptive = Rule(config.adam, "adam")
                 ours = run(kept.index, kept.weights, adaptive)
-                smooth = Rule(config.adam, "adam", eps=config.eps)
-                adam.append(_against(run, kept, drawn, flat, smooth, run(every, even, smooth)))
                 cancels.append(_gap(run(kept.index, kept.weights, Rule(config.adam, "adam", divide=False)), ours))
     top = max(config.orders)
+    smooth, torchs = (_under_adam(config, x, y, eps) for eps in config.eps)
     ratios = [a / b for k in config.demanded for a, b in zip(gaps[k], random[k], strict=True)]
     checks = (
         holds(
@@ -241,8 +241,13 @@ def network(config: NetworkConfig) -> Part:
         ),
         holds("heavy ball: gap over that of random subsets", momentum, at_most=0.6, source=f"{SLUG} R5", spread=momentum),
         holds(
-            "Adam, eps large enough for a smooth rule: gap over that of random subsets", adam, at_most=0.6, source=f"{SLUG} R5", spread=adam
+            f"Adam, eps {config.eps[0]:g}, a smooth rule: gap over that of random subsets",
+            smooth,
+            at_most=0.6,
+            source=f"{SLUG} R5",
+            spread=smooth,
         ),
+        refuted(f"Adam, eps {config.eps[1]:g}: the same, every seed", torchs, at_most=0.6, source=f"{SLUG} R5", spread=torchs),
         match("as eps goes to 0 the factor 1/w cancels under Adam: largest difference", 0.0, cancels, 1e-6, source=f"{SLUG} R5"),
         holds("the task is learned: loss at the end over start", learned, at_most=0.05, source=f"{SLUG} A2"),
     )
@@ -254,6 +259,31 @@ def network(config: NetworkConfig) -> Part:
     ]  # fmt: skip
     data = {"series": series, "x": "neurons kept of 1000", "y": "largest gap of outputs", "log": "xy"}
     return Part(checks, (Figure("Training of compressed networks", data, curves),))
+
+
+def _neurons(config: NetworkConfig, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The neurons (n, 3) of a seed, and their equal weights (n,)."""
+    scale = torch.tensor([1.0, 0.5, 1.0], dtype=torch.float64)
+    theta = (_normal(stream, config.neurons, 3) * scale).clamp(-2.5, 2.5)
+    return theta, torch.full((config.neurons,), 1 / config.neurons, dtype=torch.float64)
+
+
+def _under_adam(config: NetworkConfig, x: Tensor, y: Tensor, eps: float) -> list[float]:
+    """Gap of the net compressed to the highest order over that of random subsets, of each of ``adam_seeds``."""
+    out, rule = [], Rule(config.adam, "adam", eps=eps)
+    for seed in config.adam_seeds:
+        stream = _stream(seed)
+        theta, even = _neurons(config, stream)
+        kept = compress_objects(theta, even, order=max(config.orders))
+        size = len(kept.index)
+        drawn = [torch.randperm(config.neurons, generator=stream)[:size] for _ in range(config.subsets)]
+        whole = trajectory(theta, even, x, y, rule, config.steps)
+
+        def run(at: Tensor, w: Tensor, rule: Rule, theta: Tensor = theta) -> Tensor:
+            return trajectory(theta[at], w, x, y, rule, config.steps)
+
+        out.append(_against(run, kept, drawn, torch.full((size,), 1 / size, dtype=torch.float64), rule, whole))
+    return out
 
 
 def _against(
@@ -343,7 +373,11 @@ class RidgeConfig:
 
 
 def ridge(config: RidgeConfig) -> Part:
-    """A4: 153 weighted points test as well as the 3200 they stand for; too low an order does not."""
+    """A4: 153 weighted points test as well as the 3200 they stand for; too low an order does not.
+
+    The demand is on a seed's mean over its draws of data, as in the dossier; a single draw can be beyond it (2.02 was seen). Seeds 0 to 9
+    give 1.04 to 1.73.
+    """
     grid = torch.linspace(-1, 1, 501, dtype=torch.float64)[:, None]
     truth = torch.sin(3 * grid[:, 0])
     full: dict[int, list[float]] = {n: [] for n in config.sizes}
@@ -590,7 +624,7 @@ ENTRY = Entry(
     presets={
         "smoke": Config(
             exact=ExactConfig(objects=600, orders=(2, 6), adversaries=(3, 5, 7)),
-            network=NetworkConfig(orders=(2, 4, 8), subsets=3),
+            network=NetworkConfig(orders=(2, 4, 8), subsets=3, adam_seeds=(20, 21, 22)),
             landscape=LandscapeConfig(points=1500),
             ridge=None,
             rates=None,
