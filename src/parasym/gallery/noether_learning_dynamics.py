@@ -364,10 +364,10 @@ def _kept(config: LagrangianConfig, seed: int) -> dict[str, Tensor]:
         adam = adam - 0.02 * m / (s.sqrt() + 1e-3)
         slip = torch.maximum(slip, (adam @ turn @ m - 0.9**n * charge).abs())
     out |= {"rotation": worst, "adam": slip}
-    q = start.exp()  # h = q log q - q on positive q: grad h = log q, the step is multiplicative
+    q = (0.5 * start).exp()  # h = q log q - q on positive q: grad h = log q, the step is multiplicative
     first, plain_first, worst, free = a @ q.log(), a @ q, torch.zeros(()), torch.zeros(())
     for _ in range(config.steps):
-        q = q * torch.exp(-0.02 * shift_free(q).clamp(-20, 20) + 0.02 * shift_free(q).clamp(-20, 20).mean())
+        q = q * torch.exp(-0.01 * shift_free(q))
         worst, free = torch.maximum(worst, (a @ q.log() - first).abs()), torch.maximum(free, (a @ q - plain_first).abs())
     out |= {"mirror": worst, "mirror_plain": free}
     q = start[None] / start.norm()
