@@ -450,14 +450,14 @@ class SetsConfig:
     """Two blocks of convolution, ReLU and max pooling, then a linear classifier, on 8 x 8 images; with batch norm before each ReLU and
     without. The charges are those that the library finds on the net; the sets of the paper's code are written down by hand.
 
-    The rule is the paper's kind, with momentum and decay. Without momentum, at (.1, 5e-3), the closed form is .0023 to .0034 off on the net
-    with batch norm, where A1 asks .0015 of a dense net: its filters are small and grow by more, and the error is of order eta decay growth.
+    The closed form is farther off here than on the dense nets of A1: the filters before a batch norm are small and grow by more. With this
+    rule at eta .05, .025, .0125 over equal times its largest error there is .027, .013, .007: of first order in eta.
     """
 
     data: DataConfig = DataConfig(samples=256)
     channels: tuple[int, int] = (4, 5)
-    rule: Rule = RULES[2]
-    steps: int = 100
+    rule: Rule = Rule(0.025, 1e-3, 0.9)
+    steps: int = 200
     batch: int = 32
     seeds: tuple[int, ...] = (0, 1, 2)
 
