@@ -168,6 +168,28 @@ _PARAMETRISATIONS = {  # exponents of gamma, sigma_u, sigma_w
 }
 
 
+_SCALINGS = {  # the same with exponents of the two rates
+    **{name: (*e, 0.0, 0.0) for name, e in _PARAMETRISATIONS.items()},
+    "mean field, rates ~ d": (1.0, 0.0, 0.0, 1.0, 1.0),
+    "unequal rates": (0.2, 0.3, 0.0, 0.4, -0.2),
+}
+_PLACE = {name: i for i, name in enumerate(_SCALINGS)}
+
+
+def _exponents(exponents: tuple[float, float, float, float, float], config: PhaseConfig) -> tuple[float, float]:
+    """Powers of the width in Theta and in v K(0), read off random weights at the second and the last width."""
+    g, a, b, x, y = exponents
+    ends, rows = (config.widths[1], config.widths[-1]), []
+    for d in ends:
+        draws = Ensemble(config.seeds)
+        u, omega = d**-a * draws.normal(d), d**-b * draws.normal(d)
+        flow = LineFlow(u, omega, 1.0, config.target, d**-g, d**x, d**y)
+        speed = flow.v * flow.gamma**2 * (flow.eta_w * u.square().sum(-1) + flow.eta_u * omega.square().sum(-1))
+        rows.append((flow.richness().mean().log(), speed.mean().log()))
+    scale = math.log(ends[1] / ends[0])
+    return float(rows[1][0] - rows[0][0]) / scale, float(rows[1][1] - rows[0][1]) / scale
+
+
 def _changes(width: int, exponents: tuple[float, float, float], config: PhaseConfig) -> Tensor:
     draws, (g, a, b) = Ensemble(config.seeds), exponents
     u, omega = width**-a * draws.normal(width), width**-b * draws.normal(width)
@@ -186,6 +208,7 @@ def phases(config: PhaseConfig) -> Part:
     rich = [name for name in label if label[name].richness == 0]
     # rich: the kernel's growth at infinite width, sqrt(1 + Theta^2) - 1 with Theta = 2 s* / (c N_0), N_0 = d (sig_u^2 + sig_w^2)
     limit = (1 + config.target**2) ** 0.5 - 1
+    measured = [_exponents(e, config) for e in _SCALINGS.values()]
     checks = (
         holds("NTK and Kaiming are lazy, mean field and Xavier rich, by the exponent", [float(set(lazy) == {"NTK", "Kaiming"}),
               float(set(rich) == {"mean field", "Xavier"})], at_least=1.0, source=f"{SLUG} R8"),
@@ -195,10 +218,12 @@ def phases(config: PhaseConfig) -> Part:
               relative=True, source=f"{SLUG} R8"),
         holds("lazy: power of the width with which the change falls", torch.tensor([fall[n] for n in lazy]), at_most=-0.8,
               source=f"{SLUG} R8"),
-        match("mean field at rates ~ d is no longer frozen: exponent of its speed", 0.0, scaling_phase(1.0, 0.0, 0.0, 1.0, 1.0).speed, 0.0,
-              source=f"{SLUG} R8"),
-        control("mean field at rates of order one is frozen: exponent of its speed", label["mean field"].speed, at_most=-1.0,
-                source=f"{SLUG} R8"),
+        match("exponent of Theta in the width, from the weights", [scaling_phase(*e).richness for e in _SCALINGS.values()],
+              [row[0] for row in measured], 0.02, source=f"{SLUG} R8"),
+        match("exponent of v K(0), from the weights", [scaling_phase(*e).speed for e in _SCALINGS.values()],
+              [row[1] for row in measured], 0.02, source=f"{SLUG} R8"),
+        control("mean field at rates of order one is frozen, at rates ~ d it is not: difference of the measured exponents of v K(0)",
+                measured[_PLACE["mean field, rates ~ d"]][1] - measured[_PLACE["mean field"]][1], at_least=0.95, source=f"{SLUG} R8"),
     )  # fmt: skip
     series = [
         {"name": name, "x": list(config.widths), "y": plain(rows.abs().clamp_min(1e-8)), "mark": "line"} for name, rows in means.items()
@@ -252,6 +277,8 @@ def controls(config: ControlConfig) -> Part:
         match("linear: K_T / K_0 off the identity", 0.0, gaps["linear"], 1e-3, source=f"{SLUG} R7", spread=gaps["linear"]),
         control("tanh: K_T / K_0 off the linear identity, mean of the seeds", gaps["tanh"].mean(), at_least=0.03,
                 source=f"{SLUG} control (ii)", spread=gaps["tanh"]),
+        holds("tanh: share of the seeds off by more than 3 % (asked of each seed, which is too much: where the kernel grows little, little "
+              "is missed)", (gaps["tanh"] > 0.03).double().mean(), at_least=0.5, source=f"{SLUG} control (ii)", spread=gaps["tanh"]),
         control("tanh: its gap over that of the linear network, every seed", gaps["tanh"] / gaps["linear"], at_least=30.0,
                 source=f"{SLUG} control (ii)"),
     )  # fmt: skip
@@ -364,7 +391,7 @@ def real(config: DigitsConfig) -> Part:
         holds("c = .3: angle of the last pair, end over start", by_c[0.3], at_least=1.8, source=f"{SLUG} real data", spread=by_c[0.3]),
         holds("c = .3: test accuracy", right[0], at_least=0.85, source=f"{SLUG} real data", spread=right[0]),
         control("c = 1: the angle changes by less", (by_c[1.0] - 1).abs(), at_most=0.15, source=f"{SLUG} real data", spread=by_c[1.0]),
-        control("c = 1.6: the angle does not rise", by_c[1.6], at_most=1.02, source=f"{SLUG} real data", spread=by_c[1.6]),
+        control("c = 1.6: the angle does not rise", by_c[1.6], at_most=1.0, source=f"{SLUG} real data", spread=by_c[1.6]),
     )
     steps = [float(v) for v in torch.linspace(0, config.steps, len(angle))]
     series = [{"name": f"c = {c:g}", "x": steps, "y": plain(turned[:, i].mean(1)), "low": plain(turned[:, i].amin(1)),
@@ -396,7 +423,7 @@ ENTRY = Entry(
         "smoke": Config(
             runs=RunConfig(settings=SETTINGS, seeds=(0, 1, 3)),
             phases=PhaseConfig(grid=11, map_width=300),
-            controls=ControlConfig(seeds=(0, 1, 2)),
+            controls=ControlConfig(seeds=(0, 1, 3)),
             real=None,
         ),
         "default": Config(),
