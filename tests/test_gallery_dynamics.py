@@ -129,6 +129,29 @@ def test_steps_without_the_order_of_learning_are_caught(monkeypatch: pytest.Monk
     assert any("final W" in claim for claim in claims) and any("growth rate of descent" in claim for claim in claims)
 
 
+def test_the_slope_of_infonce_is_that_of_its_loss() -> None:
+    from parasym.gallery.stepwise_ssl import infonce_slope
+    from parasym.solvable import GaussianInfoNCE
+
+    draws = torch.Generator().manual_seed(0)
+    A, C = (torch.randn(4, 6, generator=draws, dtype=torch.float64) for _ in range(2))
+    A, C = A @ A.mT, C @ C.mT
+    W = torch.randn(3, 4, generator=draws, dtype=torch.float64)
+    right = torch.func.grad(GaussianInfoNCE(A, C, 3).loss)({"W": W})["W"]
+    assert float((infonce_slope(W, A, C) - right).abs().max()) < 1e-12
+    assert float((infonce_slope(W, A, 2 * C) - right).abs().max()) > 0.1
+
+
+def test_ties_without_an_order_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import stepwise_ssl as gallery
+
+    config = entry("stepwise_ssl").config("smoke").linear
+    assert all(check.passed for check in gallery._tied(config))
+    right = gallery.rotated
+    monkeypatch.setattr(gallery, "rotated", lambda spectrum, draws: right((1.0, 0.9, *spectrum[2:]), draws))
+    assert sum(not check.passed for check in gallery._tied(config)) >= 2
+
+
 def test_kernels_of_the_student_are_those_of_autograd() -> None:
     from parasym.gallery.get_rich_quick import _kernel
     from parasym.measure.ntk import kernel

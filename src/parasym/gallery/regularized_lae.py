@@ -18,9 +18,9 @@ from parasym.gallery.contract import Check, Entry, Figure, Part, control, match
 from parasym.gallery.digits import digits
 from parasym.gallery.drawings import agreement, curves
 from parasym.methods.principal import LAEPCA
-from parasym.solvable.autoencoder import RegularizedLAE, exact_tied, exact_untied, principal_directions, tied_descent
-from parasym.solvable.engines import Params, descend, flow, morse, stack, tangent_derivative
-from parasym.solvable.landscape import rotation
+from parasym.solvable.autoencoder import RegularizedLAE, align_backward, exact_tied, exact_untied, principal_directions, tied_descent
+from parasym.solvable.engines import Params, descend, flow, lbfgs_restarts, morse, stack, tangent_derivative
+from parasym.solvable.landscape import normal, rotation
 
 SLUG = "regularized-lae"
 SIGMA = (5.0, 4.2, 3.5, 2.9, 2.2, 1.6, 1.1, 0.6)
@@ -253,13 +253,18 @@ class AlgorithmConfig:
 
 
 def algorithms(config: AlgorithmConfig) -> Part:
-    """R8: tied descent (regularised Oja), exact alternations; R7: probabilistic PCA; the digits."""
+    """R8: descent, tied descent (regularised Oja), exact alternations; R9: information alignment; R7: probabilistic PCA; the digits."""
     top = torch.tensor(SIGMA[:4], dtype=torch.float64)
-    found: dict[str, list[Tensor]] = {name: [] for name in ("tied descent", "exact, tied", "exact, untied", "exact, synced")}
+    names = ("untied descent", "tied descent", "exact, tied", "exact, untied", "exact, synced")
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    gaps = []
     for seed in config.seeds:
         model = RegularizedLAE(scatter(seed), 4, config.lam)
         start = model.init(seed, 0.5)
+        free = {name: w[0] for name, w in descend(model.loss, stack([start]), 0.4 * config.rate, config.steps, broadcasts=True).items()}
+        gaps.append(float((free["W1"] - free["W2"].T).norm()))
         ends = (
+            free["W2"],
             tied_descent(model.scatter, start["W2"], config.lam, config.rate, config.steps),
             exact_tied(model.scatter, start["W2"], config.lam, config.alternations),
             exact_untied(model.scatter, start, config.lam, config.alternations)["W2"],
@@ -269,7 +274,52 @@ def algorithms(config: AlgorithmConfig) -> Part:
             values.append(principal_directions(w2, config.lam)[1])
     expected = top.repeat(len(config.seeds))
     checks = [match(f"{name}: singular values", expected, torch.cat(v), 1e-6, source=f"{SLUG} R8") for name, v in found.items()]
-    return Part((*checks, *_digits(config)))
+    checks.append(match("untied descent: |W1 - W2^T| at the end", 0.0, gaps, 1e-6, source=f"{SLUG} R3, R8", spread=gaps))
+    return Part((*checks, *_alignment(config), *_likelihood(config), *_digits(config)))
+
+
+def _alignment(config: AlgorithmConfig) -> list[Check]:
+    """R9: backward weights that learn from a layer's input and output alone, for any forward weights and for those of a minimum."""
+    ends, ridge, aligned, apart = [], [], [], []
+    for seed in config.seeds:
+        model = RegularizedLAE(scatter(seed), 4, config.lam)
+        some, start = normal(seed, 4, len(SIGMA)) / 4, normal(seed + 50, len(SIGMA), 4)
+        seen = some @ model.scatter
+        end = align_backward(model.scatter, some, start, config.lam, config.rate, config.steps)
+        ends.append(end)
+        ridge.append(torch.linalg.solve(seen @ some.T + config.lam * torch.eye(4, dtype=torch.float64), seen).T)
+        apart.append(float((end - some.T).norm() / some.norm()))
+        best = model.representative(seed)["W1"]
+        found = align_backward(model.scatter, best, start, config.lam, config.rate, config.steps)
+        aligned.append(float((found - best.T).abs().max()))
+    return [
+        match("information alignment, any forward weights W: B against ridge regression of the input", torch.stack(ridge),
+              torch.stack(ends), 1e-8, source=f"{SLUG} R9"),
+        match("information alignment, W at the minimum: |B - W^T|", 0.0, aligned, 1e-8, source=f"{SLUG} R9, R3", spread=aligned),
+        control("information alignment, W not at a critical point: |B - W^T| / |W|", apart, at_least=0.1, source=f"{SLUG} R9",
+                spread=apart),
+    ]  # fmt: skip
+
+
+def _likelihood(config: AlgorithmConfig) -> list[Check]:
+    """R7: the likelihood of probabilistic PCA, x ~ N(0, W W^T + s^2), maximised at s^2 = lam / n, against sigma times the decoder."""
+    n, seen, theory = 30, [], []
+    for seed in config.seeds:
+        model = RegularizedLAE(scatter(seed), 4, config.lam)
+        eye = torch.eye(len(SIGMA), dtype=torch.float64)
+
+        def loss(w: Params, covariance: Tensor = model.scatter / n, eye: Tensor = eye) -> Tensor:
+            whole = w["W"] @ w["W"].T + config.lam / n * eye
+            return torch.logdet(whole) + torch.linalg.solve(whole, covariance).trace()
+
+        found = lbfgs_restarts(loss, [{"W": normal(10 * seed + k, len(SIGMA), 4)} for k in range(3)]).best["W"]
+        w2 = model.representative(seed)["W2"]
+        left, s, _ = torch.linalg.svd(w2, full_matrices=False)
+        loading = left * s * (config.lam / (1 - s.square())).sqrt() / n**0.5
+        seen.append(found @ found.T)
+        theory.append(loading @ loading.T)
+    return [match("maximum likelihood of probabilistic PCA at noise lam / n: W W^T from the decoder", torch.stack(theory),
+                  torch.stack(seen), 1e-6, source=f"{SLUG} R7")]  # fmt: skip
 
 
 def _digits(config: AlgorithmConfig) -> list[Check]:
@@ -295,7 +345,7 @@ def _digits(config: AlgorithmConfig) -> list[Check]:
         checks += [
             match(f"{words}: 1 - |cos| to the principal directions", 0.0, cosines, 1e-6, source=f"{SLUG} R4", spread=cosines),
             match(f"{words}: singular values", expected, torch.cat(spectra), 1e-5, relative=True, source=f"{SLUG} R4"),
-            match(f"{words}: loadings of probabilistic PCA", 0.0, torch.cat(loadings), 1e-5, source=f"{SLUG} R7"),
+            match(f"{words}: loadings of probabilistic PCA from the fitted spectrum", 0.0, torch.cat(loadings), 1e-5, source=f"{SLUG} R7"),
         ]
     return checks
 

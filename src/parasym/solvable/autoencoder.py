@@ -296,6 +296,17 @@ def exact_tied(scatter: Tensor, start: Tensor, lam: float, steps: int) -> Tensor
     return w
 
 
+def align_backward(scatter: Tensor, forward: Tensor, start: Tensor, lam: float, lr: float, steps: int) -> Tensor:
+    """Information alignment: backward weights B (m, k) of a layer with fixed ``forward`` weights W (k, m) follow the decoder's gradient,
+    B += lr (X X^T W^T - B W X X^T W^T - lam B), which needs the layer's input and output only; it ends at ridge regression of the input on
+    the output, and at W^T where W is the encoder of a critical point (R9, R3)."""
+    b, seen = start.clone(), forward @ scatter
+    square = seen @ forward.T
+    for _ in range(steps):
+        b = b + lr * (seen.T - b @ square - lam * b)
+    return b
+
+
 def exact_untied(scatter: Tensor, theta: Params, lam: float, steps: int, *, synced: bool = False) -> Params:
     """Alternate the exact minima over the two factors; W1 solves the Sylvester equation W2^T W2 W1 X X^T + lam W1 = W2^T X X^T (R8).
 
