@@ -335,6 +335,30 @@ def test_metric_and_potential_are_those_of_the_flow() -> None:
 # ------------------------------------------------------------------------------------------------ stepwise
 
 
+@pytest.mark.parametrize("slope", [1.0, 0.3])
+def test_charges_of_wide_networks_are_matrices_or_one_for_each_unit(slope: float) -> None:
+    """get-rich-quick R8, R9: eta_w a a^T - eta_a W W^T of linear units is kept whole, of leaky ones its diagonal; and how fast w turns."""
+    x, y, eta_a, eta_w = normal(9, 4, seed=1), normal(9, seed=2), 0.7, 1.6
+    act = lambda z: torch.where(z > 0, z, slope * z)  # noqa: E731
+    loss = lambda w: 0.5 * (act(x @ w["W"].mT) @ w["a"] - y).square().sum()  # noqa: E731
+    start = {"W": 0.6 * normal(5, 4, seed=3), "a": 0.4 * normal(5, seed=4)}
+
+    def rhs(_: float, w: dict[str, Tensor]) -> dict[str, Tensor]:
+        g = torch.func.grad(loss)(w)
+        return {"W": -eta_w * g["W"], "a": -eta_a * g["a"]}
+
+    path = follow(rhs, start, [0.0, 0.4], rtol=1e-12, atol=1e-14).theta
+    charge = eta_w * path["a"][:, :, None] * path["a"][:, None, :] - eta_a * path["W"] @ path["W"].mT
+    moved = (charge[1] - charge[0]).abs()
+    assert float(moved.diagonal().max()) < 1e-8
+    assert float(moved.max()) < 1e-8 if slope == 1.0 else float(moved.max()) > 1e-3
+    push, size = rhs(0.0, start), start["W"].norm(dim=1, keepdim=True)
+    what = start["W"] / size
+    xi = ((y - act(x @ start["W"].mT) @ start["a"])[:, None] * torch.where(x @ start["W"].mT > 0, 1.0, slope)).mT @ x
+    turn = eta_w * start["a"][:, None] / size * (xi - (xi * what).sum(1, keepdim=True) * what)
+    assert torch.allclose((push["W"] - (push["W"] * what).sum(1, keepdim=True) * what) / size, turn, atol=1e-12)
+
+
 def test_kernel_form_is_the_linear_one() -> None:
     x, other = normal(6, 4), normal(6, 4, seed=1)
     views = torch.cat([x, other])

@@ -371,7 +371,8 @@ class MinimalRich(Model):
 
         last = {"implicit_bias": self._settled(), "final_sign": 60.0}.get(kind)
         times = self.times if last is None else torch.linspace(0, last, 41, dtype=torch.float64)
-        run = follow(rhs, self.init(), times, rtol=1e-11, atol=1e-13)
+        # a long way down a stiff slope needs an implicit method
+        run = follow(rhs, self.init(), times, rtol=1e-11, atol=1e-13, method="LSODA" if kind == "implicit_bias" else "DOP853")
         seen = [self.observables({name: w[i] for name, w in run.theta.items()}) for i in range(len(times))]
         rows: dict[str, Any] = {name: torch.stack([o[name] for o in seen]) for name in seen[0]}
         if kind == "implicit_bias":
