@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parasym.gallery.contract import Entry, Figure, Part, control, holds, match
+from parasym.gallery.contract import Entry, Figure, Part, control, holds, match, refuted
 from parasym.gallery.digits import accuracies, cross_entropies, digits, networks, outputs, train
 from parasym.gallery.drawings import curves
 from parasym.gallery.ensemble import Ensemble, plain
@@ -212,18 +212,25 @@ def method_loss(method: str | float, logits: Tensor, labels: Tensor) -> Tensor:
     return gambler_loss(flat, labels.flatten(), payoff, reduction="none").reshape(labels.shape).mean(1)
 
 
-def stop_epochs(runs: Runs, payoff: float, method: int, warmup: int) -> list[int]:
-    """The epoch (from 0) at which the plateau rule stops each seed; the last one if it never fires."""
+def stop_epochs(runs: Runs, payoff: float, method: int, warmup: int, noise: float | None = None) -> list[int]:
+    """The epoch (from 0) at which the plateau rule stops each seed, given the share of labels that did come out wrong, or ``noise``; the
+    last one if it never fires."""
     stops = []
     for losses, share in zip(runs.train_loss[:, method].T.tolist(), runs.share.tolist(), strict=True):
+        share = share if noise is None else noise
         rule = PlateauStop(share, payoff, CLASSES, warmup=warmup)
         stops.append(next((epoch for epoch, value in enumerate(losses) if rule.update(value)), len(losses) - 1))
     return stops
 
 
 def memorising(config: NetConfig) -> Part:
-    """A1, A2: from scratch, the gambler forgets less than cross-entropy, and the plateau tells when to stop."""
-    checks, figures = [], []
+    """A1, A2: from scratch, the gambler forgets less than cross-entropy, and the plateau tells when to stop.
+
+    A2 hands the rule the rate e the labels were drawn with. Of 1078 labels a share comes out wrong that is .015 off at e = .5 (one standard
+    deviation), which moves L* and the epoch: of seeds 0 to 7 two then stop more than .03 below their peak (.033 and .039), so that demand
+    is refuted. Given the share that did come out wrong every one of the eight is within .024.
+    """
+    checks, figures, nominal = [], [], []
     for noise, warmup in zip(config.noises, config.warmups, strict=True):
         runs = train_nets(config, noise, warmup)
         payoff = float(config.methods[1])
@@ -231,6 +238,8 @@ def memorising(config: NetConfig) -> Part:
         each, mean = (0.015, 0.03) if noise <= 0.3 else (0.1, 0.1)
         stops = stop_epochs(runs, payoff, 1, warmup)
         at_stop = torch.stack([runs.accuracy[epoch, 1, i] for i, epoch in enumerate(stops)])
+        drawn = stop_epochs(runs, payoff, 1, warmup, noise)
+        nominal += plain(torch.stack([runs.accuracy[epoch, 1, i] for i, epoch in enumerate(drawn)]) - runs.best[1])
         theory = gambler_plateau(noise, payoff, CLASSES)
         name = f"e = {noise:g}, o = {payoff:g}"
         checks += [
@@ -261,6 +270,8 @@ def memorising(config: NetConfig) -> Part:
             ),
         ]
         figures.append(_accuracy_figure(config, runs, f"Test accuracy, e = {noise:g}", stops))
+    claim = "the rule given the rate the labels were drawn with: accuracy where it stops less the peak, every rate and seed"
+    checks.append(refuted(claim, nominal, at_least=-0.03, source=f"{SLUG} A2", spread=nominal))
     return Part(tuple(checks), tuple(figures))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parasym.gallery.contract import Entry, Figure, Part, control, holds, match
+from parasym.gallery.contract import Entry, Figure, Part, control, holds, match, refuted
 from parasym.gallery.digits import accuracies, cross_entropies, digits, outputs, train
 from parasym.gallery.drawings import agreement, bars, curves
 from parasym.gallery.ensemble import Ensemble, plain
@@ -343,7 +343,12 @@ def train_boxes(config: NetConfig, hooked: bool = True) -> Runs:
 
 
 def noisy_labels(config: NetConfig) -> Part:
-    """A3, R5, R6: the box keeps wrong labels out, and its net is almost binary."""
+    """A3, R5, R6: the box keeps wrong labels out, and its net is almost binary.
+
+    The dossier's .02 for what the binary net loses is not met by every seed: seeds 0 to 7 give -.001 to .033, mean .010 with a standard
+    deviation of .013, two of them beyond. Two thirds of the weights are inside the box and are pushed out to its walls; made ternary, where
+    the inner half goes to zero instead, no seed loses anything. So the demand is put to the mean, and that of every seed is refuted.
+    """
     runs, bare = train_boxes(config), train_boxes(replace(config, boxes=config.boxes[:1]), hooked=False)
     seeds = len(config.seeds)
     gain, loss, ternary = runs.last[1] - runs.last[0], runs.last - runs.binary, runs.last - runs.ternary
@@ -360,9 +365,10 @@ def noisy_labels(config: NetConfig) -> Part:
             source=f"{SLUG} A3, R5",
             spread=loss[1],
         ),
+        refuted(f"{name}: the same, every seed", loss[1], at_most=0.02, source=f"{SLUG} A3", spread=loss[1]),
         control(
-            "no wall: accuracy lost by making the weights binary, mean of the seeds",
-            loss[0].mean(),
+            "no wall: accuracy lost by making the weights binary",
+            loss[0],
             at_least=0.15,
             source=f"{SLUG} A3",
             spread=loss[0],
