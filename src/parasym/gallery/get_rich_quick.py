@@ -69,8 +69,12 @@ def neuron(config: NeuronConfig) -> Part:
         match("sign of a at the end, share predicted", 1.0, right, 0.0, source=f"{SLUG} R5"),
         match("on the separating surface the run goes to the saddle: |beta| at the end", 0.0, stuck, 1e-3, source=f"{SLUG} R5"),
         match("grad Psi(beta_inf) - grad Psi(beta_0) off the row space of X", 0.0, off, 1e-8, source=f"{SLUG} B, R7", spread=off),
-        holds("runs without a sign change of a that were looked at (all those with delta >= 0 are)", len(off), at_least=upstream,
-              source=f"{SLUG} B"),
+        holds(
+            "runs without a sign change of a that were looked at (all those with delta >= 0 are)",
+            len(off),
+            at_least=upstream,
+            source=f"{SLUG} B",
+        ),
         match("beta_inf against the minimiser of the potential", theory, seen, 1e-6, source=f"{SLUG} R7"),
         control("the potential of delta = 0 for runs with delta = 2", wrong, at_least=1e-3, source=f"{SLUG} B", spread=wrong),
     )

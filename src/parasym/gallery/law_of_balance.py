@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
 from parasym.gallery.diagrams import BALANCE
@@ -47,7 +47,8 @@ def _law_gradients(u: Tensor, w: Tensor, M: Tensor, N: Tensor) -> tuple[Tensor, 
 
 
 def law(config: LawConfig) -> Part:
-    """R1, R2, A3: the discrete law is exact; the continuous one is its mean; what is left out of a group breaks it."""
+    """R1-R3, A3: the discrete law is exact, for every hidden unit of a deep net too; the continuous one is its mean; what is left out of a
+    group breaks it."""
     exact, split, broken, scalar = [], [], [], []
     for seed in config.seeds:
         draws = Ensemble((seed,))
@@ -75,6 +76,7 @@ def law(config: LawConfig) -> Part:
         split.append(((traces[0] - traces[1]) - (w @ C2 @ w - u @ C1 @ u)).abs() / (traces[0] + traces[1]))
         scalar.append(_scalar_pair(draws, eta))
     left_out, read_out = _biases(config)
+    units, bent = ([_unit_law(config, seed, act) for seed in config.seeds] for act in (nn.ReLU, nn.Tanh))
     return Part(
         (
             match("u in R^5, w in R^3: |u|^2 - |w|^2 against its sum of eta^2 (|g_u|^2 - |g_w|^2), every step", 0.0, exact, 1e-12,
@@ -85,9 +87,39 @@ def law(config: LawConfig) -> Part:
             control("weight decay on u alone: the law misses by", broken, at_least=1e-3, source=f"{SLUG} A3", spread=broken),
             control("f = w (u.x + c), c left out of the group: the law misses by", left_out, at_least=1e-3, source=f"{SLUG} A3",
                 spread=left_out),
+            match("every ReLU unit of two hidden layers, in-weights and bias against out-weights: the same law", 0.0, units, 1e-12,
+                  source=f"{SLUG} R3", spread=units),
+            control("tanh units: the law misses by", bent, at_least=1e-4, source=f"{SLUG} R3", spread=bent),
             match("f = w (u.x) + b: the law with the output bias outside", 0.0, read_out, 1e-12, source=f"{SLUG} A3", spread=read_out),
         )
     )  # fmt: skip
+
+
+def _unit_law(config: LawConfig, seed: int, act: type[nn.Module]) -> float:
+    """Largest |charge - its sum of eta^2 (|g_in|^2 + g_b^2 - |g_out|^2)| over the units of a net 5-6-4-3 and the steps of SGD."""
+    draws, layers = Ensemble((seed + 200,)), [nn.Linear(a, b, dtype=torch.float64) for a, b in ((5, 6), (6, 4), (4, 3))]
+    model = nn.Sequential(layers[0], act(), layers[1], act(), layers[2])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(draws.normal(*p.shape)[0] / 2)
+    X, Y = draws.normal(config.samples, 5)[0], draws.normal(config.samples, 3)[0]
+
+    def sums(grad: bool) -> Tensor:
+        w, b = ([getattr(layer, name).grad if grad else getattr(layer, name).detach() for layer in layers] for name in ("weight", "bias"))
+        return torch.cat([w[i].square().sum(1) + b[i].square() - w[i + 1].square().sum(0) for i in (0, 1)])
+
+    predicted, worst = sums(False), 0.0
+    for _ in range(config.steps):
+        at = draws.integers(config.samples, config.batch)[0]
+        model.zero_grad()
+        (model(X[at]) - Y[at]).square().sum(-1).mean().backward()  # type: ignore[no-untyped-call]
+        predicted = predicted + config.eta**2 * sums(True)
+        with torch.no_grad():
+            for p in model.parameters():
+                assert p.grad is not None
+                p -= config.eta * p.grad
+        worst = max(worst, float((sums(False) - predicted).abs().max()))
+    return worst
 
 
 def _scalar_pair(draws: Ensemble, eta: float) -> float:
@@ -252,9 +284,14 @@ def phases(config: PhaseConfig) -> Part:
     wide = [torch.tensor([mean_and_variance(moments_of(config.fluctuation_sigma), t * critical, L)[1] for t in config.fluctuation])
             for L in (1, 2, 3)]  # fmt: skip
     closed = _closed_forms(moments, 0.34 * critical)
+    still = {L: _flux(moments, 0.34 * critical, L) for L in (1, 2, 3, 4)}
     checks = (
         match("2 factors: the density by quadrature over its closed form, largest relative deviation", 0.0, closed[0], 1e-6,
               source=f"{SLUG} R6"),
+        match("1 to 4 factors: flux of the reduced equation on its density, over its drift", 0.0, list(still.values()), 1e-3,
+              source=f"{SLUG} R4, R5"),
+        control("the same without the drift that noise makes, 2 to 4 factors", [_flux(moments, 0.34 * critical, L, 0.0) for L in (2, 3, 4)],
+                at_least=0.05, source=f"{SLUG} R4"),
         match("1 factor: the general density over the closed form of linear regression", 0.0, closed[1], 1e-6, source=f"{SLUG} R7"),
         match("1 factor: exponent of the tail against 2 + b1 / (T a1)", closed[3], closed[2], 0.01, relative=True, source=f"{SLUG} R7"),
         holds(f"2 factors, T = {config.above} T_c: median |v| at the end", v2.median(-1).values, at_most=1e-3, source=f"{SLUG} A1, R8",
@@ -301,6 +338,20 @@ def _closed_forms(m: Moments, t: float) -> tuple[Tensor, Tensor, Tensor, float]:
     wide = 50 * m.b1 / m.a1  # a temperature at which the exponent is small enough to be seen in double precision
     tail = slope(far.log(), density(m, wide, 1, far).log())
     return gaps[0], gaps[1], -tail, 2 + m.b1 / (wide * m.a1)
+
+
+def _flux(m: Moments, t: float, L: int, ito: float = 1.0, h: float = 1e-5) -> float:
+    """Largest |drift p - (D p)' / 2| over |drift| p of dv = -L v^(2 - 2/L) (L' dt + sqrt(T c) dW) + (L (L - 1) / 2) v^(3 - 4/L) T c dt,
+    with c = 4 k(v) and L' = 2 (b1 v - b2); ``ito`` scales its last term."""
+    v = torch.linspace(0.3, 2.5, 45, dtype=torch.float64)
+    at = torch.stack([v - h, v, v + h])
+    p = density(m, t, L, at.flatten()).reshape(3, -1)
+    noise = 4 * t * (m.a1 * at.square() - 2 * m.a2 * at + m.a3)
+    drift = -L * v ** (2 - 2 / L) * 2 * (m.b1 * v - m.b2) + ito * L * (L - 1) / 2 * v ** (3 - 4 / L) * noise[1]
+    spread = L**2 * at ** (4 - 4 / L) * noise
+    slope_of = ((spread * p)[2] - (spread * p)[0]) / (2 * h)
+    size = (L * v ** (2 - 2 / L) * 2 * (m.b1 * v - m.b2)).abs() * p[1] + (spread[1] * p[1]) / v
+    return float(((drift * p[1] - slope_of / 2).abs() / size).max())
 
 
 def _rates(config: PhaseConfig) -> tuple[Tensor, Tensor]:

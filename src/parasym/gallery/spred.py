@@ -514,6 +514,7 @@ class GroupConfig:
     size: int = 8
     decay: float = 1.5
     steps: int = 20_000
+    tol: float = 1e-10
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -530,7 +531,9 @@ def groups(config: GroupConfig) -> Part:
         model = nn.Linear(config.dim, config.outputs, bias=False).double()
         with torch.no_grad():
             model.weight.copy_(0.3 * draws.normal(config.outputs, config.dim)[0])
-        certificate = solve(model, lambda x=x, y=y, model=model: 0.5 * (model(x) - y).square().sum() / len(x), config.alpha, group="in")  # type: ignore[misc]
+        certificate = solve(
+            model, lambda x=x, y=y, model=model: 0.5 * (model(x) - y).square().sum() / len(x), config.alpha, group="in", tol=config.tol
+        )  # type: ignore[misc]
         errors.append(float((model.weight.detach() - torch.from_numpy(reference)).abs().max()))
         residuals.append(certificate.residual)
         alive = (model.weight.detach() != 0).any(0)
@@ -545,7 +548,7 @@ def groups(config: GroupConfig) -> Part:
         a, b = a - 0.1 * (error @ b.mT + config.decay * a), b - 0.1 * (a.mT @ error + config.decay * b)
     values = torch.linalg.svdvals(targets)
     checks = (
-        match("group spred = MultiTaskLasso, every weight", 0.0, errors, 1e-5, source=f"{SLUG} R5", spread=errors),
+        match("group spred = MultiTaskLasso, every weight", 0.0, errors, 1e-6, source=f"{SLUG} R5", spread=errors),
         match("the same groups are left", 1.0, same, 0.0, source=f"{SLUG} R5", spread=gates),
         holds("KKT residual of the groups, in units of a", residuals, at_most=1e-6, source=f"{SLUG} R5"),
         control("whole groups vanish", shrunk, at_least=1, source=f"{SLUG} R5"),

@@ -9,6 +9,7 @@ Source: spred R1-R9.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -305,7 +306,7 @@ def solve(
     """Train a whole network to a minimum of loss + l1 |W|_1 on all its data, and leave plain sparse weights in it.
 
     L-BFGS on the factors, zeros taken where the certificate allows it; every round ends with the KKT residual, and starts weights again
-    that stopped at zero though their gradient is above the penalty. If anything goes wrong (an interrupt too) the model is left as it was.
+    that stopped at zero though their gradient is above the penalty. Where the line search has no step left it goes on without one. If anything goes wrong (an interrupt too) the model is left as it was.
 
     Args:
         model: any module whose loss is deterministic.
@@ -376,9 +377,29 @@ def _solved(
         if certificate.residual <= tol or steps >= max_steps:
             break
         if not _reseed(plan, loss) and taken < 3:  # no step is left to take
+            certificate = _polished(plan, loss, closure, limit, certificate)
             break
     plan.finish = lambda name, w: torch.where(plan._lift(name).size(w) > limit, w, torch.zeros_like(w))
     return certificate
+
+
+def _polished(plan: Spred, loss: Callable[[], Tensor], closure: Callable[[], Tensor], limit: float, reached: Certificate) -> Certificate:
+    """Quasi-Newton steps without a line search: close to a minimum its comparisons of values drown in rounding, gradients do not yet.
+
+    Undone unless the residual fell.
+    """
+    free = [p for p in plan.model.parameters() if p.requires_grad]
+    kept = [p.detach().clone() for p in free]
+    optimizer = torch.optim.LBFGS(free, max_iter=300, history_size=30, tolerance_grad=0, tolerance_change=0)
+    with contextlib.suppress(InputError):  # it left the region where the loss is finite
+        optimizer.step(closure)  # type: ignore[arg-type, no-untyped-call]
+    found = plan.report(loss, limit) if all(bool(torch.isfinite(p).all()) for p in free) else reached
+    if found.residual < reached.residual:
+        return found
+    with torch.no_grad():
+        for p, value in zip(free, kept, strict=True):
+            p.copy_(value)
+    return reached
 
 
 @torch.no_grad()
