@@ -306,7 +306,8 @@ def solve(
     """Train a whole network to a minimum of loss + l1 |W|_1 on all its data, and leave plain sparse weights in it.
 
     L-BFGS on the factors, zeros taken where the certificate allows it; every round ends with the KKT residual, and starts weights again
-    that stopped at zero though their gradient is above the penalty. Where the line search has no step left it goes on without one. If anything goes wrong (an interrupt too) the model is left as it was.
+    that stopped at zero though their gradient is above the penalty; where the line search has no step left it goes on without one. If
+    anything goes wrong (an interrupt too) the model is left as it was.
 
     Args:
         model: any module whose loss is deterministic.
