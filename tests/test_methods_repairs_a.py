@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -317,3 +318,19 @@ def test_a_refused_undo_leaves_the_multiplicities_on() -> None:
     edit.apply()
     edit.undo()
     assert all(torch.equal(v, whole[n]) for n, v in fresh.state_dict().items())
+
+
+def test_solve_goes_on_where_the_line_search_drowns_in_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def residual() -> float:
+        g = torch.Generator().manual_seed(0)
+        x, truth = torch.randn(80, 30, generator=g, dtype=torch.float64), torch.randn(6, 3, generator=g, dtype=torch.float64)
+        y = x[:, :6] @ truth + 0.3 * torch.randn(80, 3, generator=g, dtype=torch.float64)
+        model = nn.Linear(30, 3, bias=False).double()
+        with torch.no_grad():
+            model.weight.copy_(0.3 * torch.randn(3, 30, generator=g, dtype=torch.float64))
+        return solve(model, lambda: 0.5 * (model(x) - y).square().sum() / 80, 0.15, group="in", tol=1e-12).residual
+
+    polished = residual()
+    module = importlib.import_module("parasym.methods.spred")  # the package has a function of that name
+    monkeypatch.setattr(module, "_polished", lambda plan, loss, closure, limit, reached: reached)
+    assert polished < 1e-9 < residual()
