@@ -117,7 +117,7 @@ def _unit_law(config: LawConfig, seed: int, act: type[nn.Module]) -> float:
         with torch.no_grad():
             for p in model.parameters():
                 assert p.grad is not None
-                p -= config.eta * p.grad
+                p.sub_(p.grad, alpha=config.eta)
         worst = max(worst, float((sums(False) - predicted).abs().max()))
     return worst
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -531,9 +531,11 @@ def groups(config: GroupConfig) -> Part:
         model = nn.Linear(config.dim, config.outputs, bias=False).double()
         with torch.no_grad():
             model.weight.copy_(0.3 * draws.normal(config.outputs, config.dim)[0])
-        certificate = solve(
-            model, lambda x=x, y=y, model=model: 0.5 * (model(x) - y).square().sum() / len(x), config.alpha, group="in", tol=config.tol
-        )  # type: ignore[misc]
+
+        def loss(x: Tensor = x, y: Tensor = y, model: nn.Linear = model) -> Tensor:
+            return cast(Tensor, 0.5 * (model(x) - y).square().sum() / len(x))
+
+        certificate = solve(model, loss, config.alpha, group="in", tol=config.tol)
         errors.append(float((model.weight.detach() - torch.from_numpy(reference)).abs().max()))
         residuals.append(certificate.residual)
         alive = (model.weight.detach() != 0).any(0)
