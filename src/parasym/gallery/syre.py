@@ -2,7 +2,7 @@
 
 Regularised loss l + gamma sum D (theta - theta0)^2, gamma the coefficient of the square (torch's weight_decay is 2 gamma). theta0 and
 D are those of `parasym.methods.syre`, trained with through its hook or its penalty. Every config states its loss, start and batches;
-float64 but for the digits. The dossier's R5 range for the change of the loss holds (see `orbit`).
+float64 but for the digits.
 """
 
 from __future__ import annotations
@@ -380,7 +380,13 @@ class OrbitConfig:
 
 
 def orbit(config: OrbitConfig) -> Part:
-    """R5: the minimisers of l_r tend to those of plain decay as sigma0 -> 0, at a cost in l of order gamma^2 sigma0."""
+    """R5: the minimisers of l_r tend to those of plain decay as sigma0 -> 0, at a change of l of order gamma^2 sigma0, and negative.
+
+    At the minimum of plain decay u = v = sqrt(target - gamma), up to a sign for each pair; theta0 takes the sign that is nearer to it.
+    Along the orbit l_r has curvature 4 gamma, across it 4 u^2, so that theta moves by (n_u - n_v) / 2 sqrt 2 and gamma (n_u + n_v) /
+    2 sqrt 2 u^2 in units of sigma0, n the direction of theta0, and l changes by -gamma^2 |n_u + n_v| / u for each pair. On the other
+    branches, where a minimiser of l_r that is only local lies, l can rise.
+    """
     draws = Ensemble(config.seeds)
     normal = draws.normal(4)
     gamma = torch.tensor(config.gammas, dtype=torch.float64)[:, None, None]
@@ -398,15 +404,18 @@ def orbit(config: OrbitConfig) -> Part:
         return theta
 
     root = (target[None] - gamma[:, 0]).clamp_min(0).sqrt()  # u = v: uv = target - gamma
-    balanced = root.repeat_interleave(2, -1)[:, None, None, :]
+    nearer = (normal[:, ::2] + normal[:, 1::2]).sign().repeat_interleave(2, -1)
+    balanced = root.repeat_interleave(2, -1)[:, None, None, :] * nearer
     theta = minimise(balanced, theta0)
     loss = ((theta[..., ::2] * theta[..., 1::2] - target) ** 2).sum(-1)
     change = loss[:, 1:] - loss[:, :1]
     moved = (theta[:, 1:] - theta[:, :1]).norm(dim=-1)
     # first order: the orbit point is chosen by theta0, and dl = grad l.dtheta with grad l = -2 gamma theta
     first = -2 * gamma * (theta[:, :1] * (theta[:, 1:] - theta[:, :1])).sum(-1)
-    small = slice(0, 3)
-    ratio = (change[1] / change[0])[small]
+    along, across = (normal[:, ::2] - normal[:, 1::2]) / 2**1.5, (normal[:, ::2] + normal[:, 1::2]).abs()
+    u = root[:, None]  # (gammas, 1, pairs)
+    expected = -(gamma[:, 0] ** 2) * (across / u).sum(-1)
+    distance = (along.square() + (gamma * across / 2**1.5 / u.square()).square()).sum(-1).sqrt()
     checks = (
         match(
             "gamma only: u v = target - gamma (the minimum of plain decay)",
@@ -422,24 +431,28 @@ def orbit(config: OrbitConfig) -> Part:
             0.05,
             source=f"{SLUG} R5",
         ),
-        holds(
-            "distance moved / sigma0 at the smallest sigma0, both gammas",
-            (moved[:, 0] / config.sigmas[0]),
-            at_most=4.0,
+        match(
+            f"sigma0 = {config.sigmas[0]:g}: distance moved / sigma0, along and across the orbit, both gammas",
+            distance.flatten(),
+            (moved[:, 0] / config.sigmas[0]).flatten(),
+            0.02,
+            relative=True,
             source=f"{SLUG} R5",
         ),
+        match(
+            f"sigma0 = {config.sigmas[0]:g}: change of l / sigma0 = -gamma^2 sum |n_u + n_v| / u, both gammas",
+            expected.flatten(),
+            (change[:, 0] / config.sigmas[0]).flatten(),
+            0.02,
+            relative=True,
+            source=f"{SLUG} R5",
+        ),
+        holds("change of l, every gamma, sigma0 and seed: it falls", change, at_most=0.0, source=f"{SLUG} R5"),
         match(
             "distance moved is of order sigma0: |dtheta|(sigma_2) / |dtheta|(sigma_1) over sigma_2 / sigma_1",
             1.0,
             (moved[:, 1] / moved[:, 0]) / (config.sigmas[1] / config.sigmas[0]),
             0.05,
-            source=f"{SLUG} R5",
-        ),
-        match(
-            "change of l goes like gamma^2 sigma0: its ratio between the gammas over their squared ratio",
-            1.0,
-            (ratio / (config.gammas[1] / config.gammas[0]) ** 2).median(),
-            0.5,
             source=f"{SLUG} R5",
         ),
         control(
@@ -701,7 +714,7 @@ ENTRY = Entry(
     claims=(
         "Symmetric states are traps: weights and features lost there never come back, whatever plain decay does.",
         "Decay towards a small random point removes every mirror with probability one; a random metric removes continuous families too.",
-        "It costs a change of the loss of order gamma^2 sigma0, and the time to leave a trap goes like log(1 / sigma0).",
+        "It changes the loss by no more than gamma^2 sigma0, and the time to leave a trap goes like log(1 / sigma0).",
         "It keeps the rank of an autoencoder and the plasticity of a network on task after task.",
     ),
     presets={
