@@ -197,6 +197,26 @@ def test_propagator_is_the_matrix_ode_weights_included(lam: float, shape: tuple[
     assert float((found.weights(Q0, t) - exact).abs().max()) < 1e-9
 
 
+@pytest.mark.parametrize(("lam", "shape"), [(2.0, (4, 3)), (-2.0, (4, 3)), (0.7, (3, 5)), (1e-6, (3, 3)), (0.0, (3, 3))])
+def test_explicit_eigenvectors_of_the_riccati_matrix(lam: float, shape: tuple[int, int]) -> None:
+    """lazy-to-rich R6: chi = (sqrt(lam^2 + 4 s^2) - 2 s) / lam, values +-sqrt(s^2 + lam^2 / 4), the odd ones out sign(No - Ni) lam / 2."""
+    target = normal(*shape, seed=3)
+    U, s, Vt = torch.linalg.svd(target, full_matrices=False)
+    root = (lam**2 + 4 * s.square()).sqrt()
+    chi = (root - 2 * s) / lam if lam else torch.zeros_like(s)
+    A = (1 + chi.square()).rsqrt()
+    up = torch.cat([Vt.mT * (A - chi * A), U * (A + chi * A)]) / math.sqrt(2)
+    low = torch.cat([Vt.mT * (A + chi * A), -U * (A - chi * A)]) / math.sqrt(2)
+    F = riccati.two_layer_matrix(target, lam)
+    limit = 1e-9 if 0 < abs(lam) < 1e-3 else 1e-12  # chi cancels at small lam: why the propagator does not use it
+    assert float((F @ up - up * root / 2).abs().max()) < limit and float((F @ low + low * root / 2).abs().max()) < limit
+    assert float((up.mT @ low).abs().max()) < limit and float((up.mT @ up - torch.eye(len(s), dtype=F64)).abs().max()) < limit
+    outputs, inputs = shape
+    odd = torch.full((abs(outputs - inputs),), math.copysign(1.0, outputs - inputs) * lam / 2, dtype=F64)
+    values = torch.cat([root / 2, -root / 2, odd]).sort().values
+    assert float((riccati.Propagator(F).values - values).abs().max()) < 1e-12
+
+
 def test_propagator_survives_long_times_and_batches() -> None:
     target = normal(3, 3)
     w1, w2 = balanced_pair(3, 3, 3, -10.0, torch.full((3,), 0.01, dtype=F64), torch.Generator().manual_seed(0))
@@ -267,6 +287,7 @@ def test_kernel_change_and_mechanisms() -> None:
     u, w = 0.3 * normal(20), 0.1 * normal(20, seed=1)
     flow = LineFlow(u, w, 0.9, 1.2, 0.7, 0.2, 2.0)
     late = [200.0 / float(flow.rate)]
+    assert LineFlow(0 * u, 0 * u, 1.0, 1.0).kernel_change().isnan()  # a kernel that is zero has no ratio
     assert abs(float(flow.kernel_ratio(late)[0] - flow.kernel_change())) < 1e-10
     assert abs(float(flow.product(late)[0]) - flow.optimum) < 1e-10
     t = [0.0, 50.0]
@@ -284,6 +305,10 @@ def test_saddle_starts_die() -> None:
     anti = LineFlow(u, -u, 1.0, 1.0)  # P = 0
     assert float(anti.P) < 1e-30 and float(anti.product([30.0])[0]) > -1e-8
     assert float(anti.final_product()) == 0.0
+    still = LineFlow(u, 0 * u, 1.0, 0.3)  # P = Q = -R: |omega|^2 starts at nothing and cancels nothing
+    t = [1e-7, 1e-6]
+    omega = still.weights(t)[1].square().sum(-1)
+    assert torch.allclose(still.norms(t)[1], omega, rtol=1e-9, atol=0) and torch.allclose(still.cosine(t), torch.ones(2, dtype=F64))
     zero = LineFlow(u, -u, 1.0, 0.0)  # alpha grows linearly
     assert torch.isfinite(zero.alpha([1.0, 100.0])).all()
 
@@ -371,6 +396,11 @@ def test_kernel_form_is_the_linear_one() -> None:
     A = normal(2, 12, seed=2)
     loss = lambda W: (W @ view_correlation(x, other) @ W.mT - torch.eye(2, dtype=F64)).square().sum()  # noqa: E731
     assert torch.allclose(found.rate(A) @ views, -torch.func.grad(loss)(A @ views), atol=1e-9)
+
+
+def test_modes_that_start_beyond_their_step() -> None:
+    tau = BarlowFlow(torch.diag(torch.tensor([1.0, 0.5, 0.2, -0.1], dtype=F64)), 4).step_times(torch.tensor([3.0, 1.2, 0.1, 1.0]))
+    assert tau[0] == 0 and tau[1] == 0 and 0 < float(tau[2]) < math.inf and tau[3] == math.inf
 
 
 def test_merged_steps_are_not_claimed_and_separation_is_reported() -> None:

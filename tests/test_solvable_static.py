@@ -374,6 +374,27 @@ def test_learned_decoder_is_unbounded_where_the_modes_explain_everything() -> No
         assert (losses[2] < losses[1] < losses[0]) is falls
 
 
+def test_learned_decoder_where_the_data_lack_directions() -> None:
+    """posterior-collapse R6: only modes that can live count: rank 2 in four outputs has no minimum up to beta = 2, not 1."""
+    flat = X @ np.diag([1.0, 1.0, 0.0, 0.0])
+    for beta, falls in ((0.9, True), (1.5, True), (2.5, False)):
+        found = LinearLVM.of_data(flat, latents=4, beta=beta, learn_decoder=True).predict("minimum")
+        assert (found.status == "not_applicable" and "without bound" in found.values["loss"].note) is falls
+        losses = []
+        for e in (1e-2, 1e-4, 1e-6):  # the loss of weights, not the closed form: it falls along the minima at fixed e_d
+            fixed = LinearLVM.of_data(flat, latents=4, beta=beta, decoder=e**0.5)
+            losses.append(float(fixed.loss(fixed.representative())) + 0.5 * 4 * math.log(e))
+        assert (losses[2] < losses[1] < losses[0]) is falls
+
+
+def test_directions_without_data_are_not_learned() -> None:
+    """ssl-landscape R2: the rank is that of A, not of its round-off."""
+    for seed in range(6):
+        turn = basis(4, seed)
+        model = SSLQuartic.infonce(turn[:, :2] @ np.diag([1.0, 0.4]) @ turn[:, :2].T, 0.3 * np.eye(4), 4)
+        assert model.learned_rank() == 2 and len(list(model.stationary())) == 4
+
+
 # ------------------------------------------------------------------------------------------------ closed forms, other routes
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
 from parasym.gallery.diagrams import DROPOUT
 from parasym.gallery.drawings import bars, curves
-from parasym.solvable.engines import Params, descend, hessian, stack
+from parasym.solvable.engines import Params, hessian, stack
 from parasym.solvable.linear_nets import DeepLinear, DeepLinearMulti
 from parasym.solvable.scale import Scale
 
@@ -102,8 +102,9 @@ def _controls(config: MinimumConfig) -> list[Check]:
         units.append(float(quiet["U"].abs().max() - quiet["U"].abs().min()))
         one = DeepLinear.of_data(x, y, (1,), noise=noise, decay=decay)  # one unit: the noise of a layer that shares its draw
         model = DeepLinear.of_data(x, y, widths, noise=noise, decay=decay)
-        shared.append(abs(one.minimise(seed, 3).value - float(model.predict("minimum").values["loss"])))
-        own.append(abs(one.minimise(seed, 3).value - float(one.predict("minimum").values["loss"])))
+        alone = one.minimise(seed, 3).value
+        shared.append(abs(alone - float(model.predict("minimum").values["loss"])))
+        own.append(abs(alone - float(one.predict("minimum").values["loss"])))
     return [
         control("gamma = 0: |W|^2 / |U|^2 is off the balanced ratio by", unbalanced, at_least=1e-2, source=f"{SLUG} R2", spread=unbalanced),
         control("no noise: spread of |U_i| over units", units, at_least=1e-2, source=f"{SLUG} R1", spread=units),
@@ -171,7 +172,7 @@ class OriginConfig:
     shares: tuple[float, ...] = (0.5, 0.9)
     small: float = 0.1
     lr: float = 0.03
-    steps: int = 6000
+    steps: int = 8000
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -211,7 +212,7 @@ def _descended(config: OriginConfig, models: list[DeepLinear]) -> list[Check]:
         best = torch.from_numpy(model.global_minimum().beta)
         gaps = (maps[i] - best).norm(dim=-1)
         words = f"D = {depth}, {share} g_c, descent"
-        checks.append(match(f"{words} from an ordinary start: |beta - minimum|", 0.0, gaps[1], 1e-3, source=f"{SLUG} A2", spread=gaps[1]))
+        checks.append(match(f"{words} from an ordinary start: |beta - minimum|", 0.0, gaps[1], 1e-5, source=f"{SLUG} A2", spread=gaps[1]))
         if depth == 1:
             checks.append(match(f"{words} from .1: |beta - minimum|", 0.0, gaps[0], 1e-3, source=f"{SLUG} A2", spread=gaps[0]))
         else:
@@ -223,8 +224,16 @@ def _descended(config: OriginConfig, models: list[DeepLinear]) -> list[Check]:
 
 
 def run_descent(model: DeepLinear, start: Params, gamma: Tensor, lr: float, steps: int) -> Params:
-    """Gradient descent on copies that differ in their decay ``gamma`` (n,), equal for all layers."""
-    return descend(lambda w: model.error(w) + gamma * model.squared_norms(w).sum(-1), start, lr, steps, broadcasts=True)
+    """Gradient descent on copies that differ in their decay ``gamma`` (n,) or (), equal for all layers; the pull of the decay, 2 gamma W,
+    is added by hand, which takes half the time."""
+    shrink = (1 - 2 * lr * gamma).reshape(-1, 1, 1)
+    names, weights = list(start), list(start.values())
+    for _ in range(steps):
+        weights = [w.detach().requires_grad_() for w in weights]
+        slope = torch.autograd.grad(model.error(dict(zip(names, weights, strict=True))).sum(), weights)
+        with torch.no_grad():
+            weights = [w * shrink - lr * g for w, g in zip(weights, slope, strict=True)]
+    return dict(zip(names, weights, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ A3
@@ -359,7 +368,7 @@ ENTRY = Entry(
         "default": Config(),
         "full": Config(
             bounds=BoundConfig(),
-            origin=OriginConfig(steps=8000),
+            origin=OriginConfig(steps=16_000),
             traps=TrapConfig(nets=192),
             modes=ModeConfig(restarts=12),
         ),

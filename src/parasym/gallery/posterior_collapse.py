@@ -21,7 +21,7 @@ from parasym.gallery.ensemble import Ensemble
 from parasym.gallery.stochastic_networks_deterministic import latent_data
 from parasym.measure.posterior import PosteriorCollapse, effective_beta, gaussian_kl, posterior_collapse, recommend_beta
 from parasym.solvable.contract import NotSolvable
-from parasym.solvable.engines import hessian
+from parasym.solvable.engines import hessian, lbfgs_restarts
 from parasym.solvable.latent import LinearLVM
 
 SLUG = "posterior-collapse"
@@ -151,32 +151,41 @@ def decoder(config: DecoderConfig) -> Part:
     for beta in config.betas:
         models = [LinearLVM.of_data(*latent_data(s), latents=4, beta=beta, learn_decoder=True) for s in config.seeds]
         checks += _beside(shared, models, f"learned e_d, beta = {beta}")
-    noise, expected, falls = [], [], []
+    noise, expected = [], []
+    shares, falls, said, power = (0.9, 1.2), [], [], []
     for seed in config.seeds:
         x, _ = latent_data(seed)
         values = np.linalg.eigvalsh(np.cov(x.T, bias=True))[::-1]
         noise.append(LinearLVM.of_data(x, latents=3, learn_decoder=True).decoder_variance()[1])
         expected.append(float(values[3:].mean()))
-        falls.append(float(_unbounded(x, 0.9)) - float(_unbounded(x, 1.2)))
-    checks.append(match("y = x, beta = 1: e_d^2 is the mean discarded eigenvalue", expected, noise, 1e-10, source=f"{SLUG} R6"))
-    claim = "y = x, as many latents as inputs: unbounded for d2 > beta n (1), and only then"
-    checks.append(match(claim, 1.0, falls, 0.0, source=f"{SLUG} R6"))
+        for beta in shares:
+            falls.append(_lowest(x, beta, 0.02) - _lowest(x, beta, 0.1))
+            power.append((1 - beta) * x.shape[1] * float(np.log(0.2)))
+            said.append(float(_refused(x, beta)))
+    checks += [
+        match("y = x, beta = 1: e_d^2 is the mean discarded eigenvalue", expected, noise, 1e-10, source=f"{SLUG} R6"),
+        match("y = x, a latent for each input: change of the least loss as e_d falls fivefold, (d2 - beta n) log .2: it falls without "
+              "bound for beta < 1 and rises for beta > 1", power, falls, 1e-6, source=f"{SLUG} R6", spread=falls),
+        match("and a learned e_d is refused for beta < 1 only", [1.0, 0.0] * len(config.seeds), said, 0.0, source=f"{SLUG} R6"),
+    ]  # fmt: skip
     return Part(tuple(checks))
 
 
-def _unbounded(x: np.ndarray, beta: float) -> bool:
-    """Whether the loss keeps falling as e_d goes to 0, and that the model says the same."""
-    dims = x.shape[1]
-    values = [LinearLVM.of_data(x, latents=dims, beta=beta, decoder=e).minimal_loss() + dims * np.log(e) for e in (1e-2, 1e-3, 1e-4)]
-    falling = bool(values[2] < values[1] < values[0])
+def _lowest(x: np.ndarray, beta: float, decoder: float) -> float:
+    """Least loss found at this e_d, (d2 / 2) log e_d^2 included."""
+    model = LinearLVM.of_data(x, latents=x.shape[1], beta=beta, decoder=decoder)
+    start = model.representative()
+    moved = {name: w + 0.01 * torch.randn(w.shape, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+             for k, (name, w) in enumerate(start.items())}  # fmt: skip
+    return lbfgs_restarts(model.loss, [moved]).value + x.shape[1] * float(np.log(decoder))
+
+
+def _refused(x: np.ndarray, beta: float) -> bool:
     try:
-        LinearLVM.of_data(x, latents=dims, beta=beta, learn_decoder=True).decoder_variance()
-        said = False
-    except NotSolvable:
-        said = True
-    if said != falling:
-        raise AssertionError(f"beta = {beta}: the closed form and the loss disagree on whether there is a minimum")
-    return falling
+        LinearLVM.of_data(x, latents=x.shape[1], beta=beta, learn_decoder=True).decoder_variance()
+    except NotSolvable as reason:
+        return "without bound" in str(reason)
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ headline: Adam on the linear VAE
@@ -187,7 +196,7 @@ class TrainedConfig:
     """Linear VAE, x ~ N(0, diag(1, 4, 9, 16, 25)), linear log-variance head, five latents, Adam, fresh batches, rate falling to zero;
     losses on ``held`` fresh samples. The smaller beta, the weaker what aligns the latents with the modes, and the longer that takes."""
 
-    betas: tuple[float, ...] = (4.0, 5.0, 10.0, 20.0, 30.0)
+    betas: tuple[float, ...] = (4.0, 5.0, 10.0, 20.0, 25.0, 30.0)
     batch: int = 128
     steps: int = 6000
     lr: float = 1e-2
@@ -207,7 +216,7 @@ def trained(config: TrainedConfig) -> Part:
 
     w, u, head = copied(5, 5, size=0.3), copied(5, 5, size=0.3), copied(5, 5, size=0.01)
     offset = torch.zeros(len(beta), 1, 5, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([w, u, head, offset], lr=config.lr)
+    optimizer = torch.optim.Adam([w, u, head, offset], lr=config.lr, fused=True)
 
     def terms(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = x @ w, x @ head + offset
@@ -234,7 +243,7 @@ def trained(config: TrainedConfig) -> Part:
         claim, source = f"{words}: total loss", f"{SLUG} headline"
         checks.append(match(claim, model.minimal_loss(), losses[i], config.margin, relative=True, source=source, spread=losses[i]))
         theory = torch.as_tensor(model.predict("minimum").values["variances"].value).sqrt()
-        checks.append(match(f"{words}: posterior deviations, mean over seeds", theory, deviations[i].mean(0), 0.03,
+        checks.append(match(f"{words}: posterior deviations, every seed", theory.expand(len(config.seeds), -1), deviations[i], 0.03,
                             source=f"{SLUG} headline, R9"))  # fmt: skip
         seen.append(deviations[i].mean(0))
     grid = np.linspace(0.5, 32, 100)
@@ -257,7 +266,7 @@ class DigitsConfig:
     batches; beta in units of the largest PCA eigenvalue, where linear theory has complete collapse."""
 
     shares: tuple[float, ...] = (0.1, 0.3, 0.6, 0.8, 1.2, 1.5)
-    alive: float = 0.6
+    alive: float = 0.8
     dead: float = 1.2
     hidden: int = 128
     latents: int = 8
@@ -310,7 +319,7 @@ def digit_vaes(config: DigitsConfig) -> Part:
     counts = {"series": [{"name": "digits VAE", "x": list(config.shares), "y": mean_living, "mark": "points"},
                          {"name": "linear theory", "x": np.linspace(0.05, 1.6, 60).tolist(), "y": [m.active() for m in linear]}],
               "x": "beta / largest eigenvalue", "y": "living latents"}  # fmt: skip
-    figures = (Figure("a VAE on digits", data, curves, "The last mode dies where linear theory has it."),
+    figures = (Figure("a VAE on digits", data, curves, "The last mode dies near where linear theory has it."),
                Figure("living latents on digits", counts, curves, "Measured by (eps, delta)-collapse."))  # fmt: skip
     return Part(tuple(checks), figures)
 
@@ -371,7 +380,7 @@ ENTRY = Entry(
         "A latent mode lives iff zeta^2 > beta e_d^2, zeta^2 the squared singular values of the whitened input-target correlation.",
         "The penalty on the encoder's mean causes collapse; learning the posterior variance neither causes nor cures it.",
         "Learning the decoder variance finds its own number of modes; with y = x and beta = 1 it is probabilistic PCA.",
-        "A nonlinear VAE on digits collapses completely where the largest eigenvalue of the data says.",
+        "A nonlinear VAE on digits lives at .8 and is dead at 1.2 of the beta at which the data's largest eigenvalue kills a linear one.",
     ),
     presets={
         "smoke": Config(

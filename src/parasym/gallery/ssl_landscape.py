@@ -350,7 +350,10 @@ def benign(config: BenignConfig) -> Part:
             continue
         gain = [f / e for f, e in zip(means[("full rank", "signal")], seen, strict=True)]
         loss = [e / f for f, e in zip(means[("full rank", "nuisance")], means[(name, "nuisance")], strict=True)]
-        checks.append(holds(f"{name}: error of a signal probe, full rank over collapsed", gain, at_least=4.0, source=f"{SLUG} A5, R8",
+        single = torch.stack([f / e for f, e in zip(errors[("full rank", "signal")], errors[(name, "signal")], strict=True)])
+        checks.append(holds(f"{name}: share of single draws of the labels whose ratio of errors is above 4 (asked of each draw: luck)",
+                            (single > 4).double().mean(-1), at_least=0.8, source=f"{SLUG} A5"))  # fmt: skip
+        checks.append(holds(f"{name}: mean error of a signal probe, full rank over collapsed", gain, at_least=4.0, source=f"{SLUG} A5, R8",
                             spread=gain))  # fmt: skip
         checks.append(control(f"{name}: error of a probe on a collapsed direction over full rank", loss, at_least=4.0, source=f"{SLUG} A5",
                               spread=loss))  # fmt: skip

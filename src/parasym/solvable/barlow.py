@@ -102,13 +102,13 @@ class BarlowFlow:
         return (1 - self.eigenvalues(s0, times)).square().sum(-1)
 
     def step_times(self, s0: Tensor, eta: float | None = None) -> Tensor:
-        """tau_j at which lam_j = 1/2, (d,); infinite for g_j <= 0. With ``eta``, in the time of gradient descent at that rate, whose
-        growth rate is log(1 + 4 eta g) / eta (R2, A1)."""
+        """tau_j at which lam_j = 1/2, (d,); infinite for g_j <= 0, 0 for a mode that starts beyond. With ``eta``, in the
+        time of gradient descent at that rate, whose growth rate is log(1 + 4 eta g) / eta (R2, A1)."""
         g, s0 = self.spectrum[: self.d], torch.as_tensor(s0, dtype=torch.float64)
         g = torch.where(g > 1e-12 * self.spectrum.abs().max(), g, torch.nan)
         small = g * s0.square()
         time = ((1 - small) / small).log() / (8 * g) if eta is None else -small.log() * eta / (2 * torch.log1p(4 * eta * g))
-        return torch.where(time.isnan(), torch.inf, time)
+        return torch.where(g.isnan(), torch.inf, torch.where(small >= 0.5, 0.0, time))
 
     def separation(self, scale: float) -> Tensor:
         """(g_j - g_{j+1}) log(1 / scale) / g_j (m' - 1 or d,): how well each step is told from the next; must be large (R3).

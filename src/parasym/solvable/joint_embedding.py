@@ -69,6 +69,7 @@ class _Embedding(Landscape):
 def _whitened_modes(attraction: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     inverse = roots_of(sigma)[1]
     values, vectors = torch.linalg.eigh(inverse @ attraction @ inverse)
+    values = torch.where(values.abs() > 1e-12 * values.abs().max(), values, 0.0)  # a direction without data is not learned by round-off
     return values.flip(0), vectors.flip(1)
 
 

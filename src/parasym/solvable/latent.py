@@ -156,8 +156,9 @@ class LinearLVM(Landscape):
             k = self.beta * variance
             if (n == 0 or float(square[n - 1]) > k) and (n == most or float(square[n]) <= k):
                 found.append((self._loss_of(n, variance) + 0.5 * outputs * math.log(variance), n, variance))
-        whole = self.residual + float(square[most:].sum())
-        if whole <= floor and outputs > self.beta * most:
+        able = int((square[:most] > floor).sum())  # directions y does not share never live
+        whole = self.residual + float(square[able:].sum())
+        if whole <= floor and outputs > self.beta * able:
             raise NotSolvable("the living modes explain everything and d2 > beta n: the loss falls without bound as e_d goes to 0")
         if not found:
             raise NotSolvable("no number of living modes is consistent with its own e_d: the loss is flat as e_d goes to 0")

@@ -124,9 +124,13 @@ class LineFlow:
         return 0.25 * self.c * (self._grown(times) - self._shrunk(times))
 
     def norms(self, times: Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
-        """|u|^2 and |omega|^2, (..., T) (R5)."""
-        total, R = self._grown(times) + self._shrunk(times), self.R[..., None]
-        return 0.25 * self.eta_u * (total + 2 * R), 0.25 * self.eta_w * (total - 2 * R)
+        """|u|^2 and |omega|^2, (..., T) (R5): P alpha + Q / alpha +- 2 R as sums of squares, exact for a layer that starts at zero."""
+        root = self.alpha(times).sqrt()[..., None]
+        p, q = self.p[..., None, :], self.q[..., None, :]
+        # sqrt(alpha) p +- q / sqrt(alpha) = sqrt(alpha) (p +- q) -+ (alpha - 1) / sqrt(alpha) q
+        turn = (root - 1) * (root + 1) / root * q
+        u, omega = root * (p + q) - turn, root * (p - q) + turn
+        return 0.25 * self.eta_u * u.square().sum(-1), 0.25 * self.eta_w * omega.square().sum(-1)
 
     def cosine(self, times: Sequence[float] | Tensor) -> Tensor:
         """cos between u and omega (..., T)."""
