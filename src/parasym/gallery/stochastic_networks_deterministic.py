@@ -290,7 +290,9 @@ def latent_data(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def latent(config: LatentConfig) -> Part:
     """R5: with the KL in force more latents do not make a model deterministic; with beta to 0 it becomes so."""
-    seen, expected, slopes, falls, trained, theory, shrink = [], [], [], [], [], [], []
+    seen: list[float] = []
+    expected: list[float] = []
+    slopes, falls, trained, theory, shrink = [], [], [], [], []
     for seed in config.seeds:
         x, y = latent_data(seed)
 
