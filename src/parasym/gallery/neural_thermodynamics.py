@@ -615,9 +615,9 @@ ENTRY = Entry(
         "smoke": Config(
             defect=DefectConfig(rates=(0.0125, 0.00625)),
             orbits=OrbitConfig(points=11),
-            balance=BalanceConfig(samples=60),
+            balance=BalanceConfig(samples=60, steps=500_000),
             rules=None,
-            network=NetworkConfig(steps=600, points=2, probes=100),
+            network=NetworkConfig(steps=600, points=2, probes=60),
         ),
         "default": Config(),
         "full": Config(

@@ -581,6 +581,76 @@ def plasticity(config: PlasticityConfig) -> Part:
     return Part(checks, (figure,))
 
 
+# ------------------------------------------------------------------------------------------------ headline: a variational autoencoder
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """VAE 64-h-k-h-64 with ReLU on the digits, pixels / 16: squared error summed over pixels + beta KL, batches with replacement, Adam,
+    torch's start, float32. Penalty ``coefficient`` sum (theta - theta0)^2 with theta0 in the encoder alone, biases too.
+
+    A small version of the paper's run on Fashion-MNIST at beta = 10. beta, coefficient and sigma0 were chosen on seed 0, left out here: it
+    lost every latent under decay and 6 % of the error with syre, where the seeds below keep one and lose .5 to 3 %. The paper gives no
+    figures: rank up, error down is what is asked.
+    """
+
+    latent: int = 8
+    hidden: int = 64
+    beta: float = 1.0
+    coefficient: float = 1e-2
+    sigma0: float = 0.05
+    eta: float = 2e-3
+    steps: int = 1000
+    batch: int = 128
+    above: float = 1e-2
+    seeds: tuple[int, ...] = (1, 2, 3, 4)
+
+
+def latent(config: LatentConfig) -> Part:
+    """Headline: a VAE whose posterior collapses under decay keeps its latents when its encoder decays to a random point."""
+    x = torch.cat([digits().x, digits().x_test])
+    runs = {use: [_vae(config, x, seed, use) for seed in config.seeds] for use in (False, True)}
+    rank, error = (torch.tensor([[run[i] for run in runs[use]] for use in (False, True)], dtype=torch.float64) for i in (0, 1))
+    checks = (
+        control("plain decay: directions of the latent means", rank[0], at_most=config.latent / 4, source=f"{SLUG} headline",
+                spread=rank[0]),
+        holds("syre in the encoder: directions of the latent means", rank[1], at_least=config.latent / 2, source=f"{SLUG} headline",
+              spread=rank[1]),
+        holds("syre in the encoder: reconstruction error over that of decay", error[1] / error[0], at_most=1.0,
+              source=f"{SLUG} headline", spread=error[1]),
+    )  # fmt: skip
+    labels = [f"seed {s}" for s in config.seeds]
+    series = [{"name": name, "y": plain(error[i])} for i, name in enumerate(("decay", "syre"))]
+    return Part(checks, (Figure("Reconstruction of a VAE", {"labels": labels, "series": series, "y": "squared error"}, bars),))
+
+
+def _vae(config: LatentConfig, x: Tensor, seed: int, use: bool) -> tuple[int, float]:
+    """Singular values of the centred latent means (root mean square over images) above ``above``; squared error from the means."""
+    stream, k, h = torch.Generator().manual_seed(seed), config.latent, config.hidden
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = nn.Sequential(nn.Linear(x.shape[1], h), nn.ReLU(), nn.Linear(h, 2 * k))
+        decoder = nn.Sequential(nn.Linear(k, h), nn.ReLU(), nn.Linear(h, x.shape[1]))
+    anchor = syre(encoder, config.sigma0, seed=seed) if use else None
+    weights = [*encoder.parameters(), *decoder.parameters()]
+    optimizer = torch.optim.Adam(weights, config.eta)
+    for _ in range(config.steps):
+        images = x[torch.randint(len(x), (config.batch,), generator=stream)]
+        mean, spread = encoder(images).chunk(2, 1)
+        z = mean + torch.randn(mean.shape, generator=stream) * (0.5 * spread).exp()
+        fit = (decoder(z) - images).square().sum(1).mean()
+        divergence = 0.5 * (mean.square() + spread.exp() - 1 - spread).sum(1).mean()
+        pull = sum((p.square().sum() for p in (decoder.parameters() if anchor else weights)), torch.zeros(()))
+        pull = pull + anchor.penalty() if anchor else pull
+        optimizer.zero_grad()
+        (fit + config.beta * divergence + config.coefficient * pull).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    with torch.no_grad():
+        mean = encoder(x).chunk(2, 1)[0]
+        values = torch.linalg.svdvals(mean - mean.mean(0)) / len(x) ** 0.5
+        return int((values > config.above).sum()), float((decoder(mean) - x).square().sum(1).mean())
+
+
 # ------------------------------------------------------------------------------------------------ R7: other ways out
 
 
@@ -695,6 +765,7 @@ class Config:
     orbit: OrbitConfig | None = OrbitConfig()
     autoencoder: AutoencoderConfig | None = AutoencoderConfig()
     plasticity: PlasticityConfig | None = DIGITS
+    latent: LatentConfig | None = LatentConfig()
     others: OthersConfig | None = OthersConfig()
 
 
@@ -704,6 +775,7 @@ _EXPERIMENTS: Mapping[str, Callable[[Any], Part]] = {
     "orbit": orbit,
     "autoencoder": autoencoder,
     "plasticity": plasticity,
+    "latent": latent,
     "others": others,
 }
 
@@ -714,8 +786,8 @@ ENTRY = Entry(
     claims=(
         "Symmetric states are traps: weights and features lost there never come back, whatever plain decay does.",
         "Decay towards a small random point removes every mirror with probability one; a random metric removes continuous families too.",
-        "It changes the loss by no more than gamma^2 sigma0, and the time to leave a trap goes like log(1 / sigma0).",
-        "It keeps the rank of an autoencoder and the plasticity of a network on task after task.",
+        "It lowers the loss by an amount of order gamma^2 sigma0, and the time to leave a trap goes like log(1 / sigma0).",
+        "It keeps the rank of an autoencoder, the latents of a variational one and the plasticity of a network on task after task.",
     ),
     presets={
         "smoke": Config(
@@ -723,6 +795,7 @@ ENTRY = Entry(
             orbit=OrbitConfig(steps=8000),
             autoencoder=AutoencoderConfig(coefficients=(3.0,), rank_bounds=(4,), steps=400),
             plasticity=None,
+            latent=None,
             others=OthersConfig(steps=1000),
         ),
         "default": Config(),
