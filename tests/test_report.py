@@ -51,6 +51,7 @@ def test_the_page_says_what_the_audit_found(tmp_path: Path) -> None:
         "QK GL(16) per head",
         "transformer.h.{0-2}.attn",
         "parasym fix revive --where transformer.h.0.mlp",
+        "parasym.methods.syre(model, metric='random')",
         "sign flips of q",
         "eps of the norms",
         "the operator has no derivative",
