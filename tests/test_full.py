@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import parasym
 from parasym.audit import Audit, audit_checkpoint
 from parasym.core.checkpoint import TensorFile
 from parasym.core.errors import CheckpointError, InputError
@@ -403,3 +404,18 @@ def test_equal_layers_have_each_family_once_and_every_exchange(widths: tuple[int
     assert sorted(s.parameters for s in found.symmetries if s.dim) == sorted(hidden)
     assert sorted(s.parameters for s in found.symmetries if s.kind == "discrete") == sorted(hidden)
     assert sum(s.dim for s in found.symmetries) == sum(widths[1:-1])
+
+
+def test_a_batch_of_one_image_is_explained_like_a_batch_of_many() -> None:
+    """One sample with few outputs gives few equations; the twin draws as many as its rank takes."""
+    model = generic(
+        nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5),
+        )
+    ).eval()  # fmt: skip
+    one, many = (parasym.audit(model, args=(torch.randn(n, 3, 8, 8),)) for n in (1, 16))
+    assert one.completeness.explained == many.completeness.explained == 1.0
+    assert one.completeness.nullity == many.completeness.nullity == 3 * (16 + 24)  # conv weight, conv bias and ReLU, each against the norm
+    assert one.undecided == []

@@ -16,10 +16,11 @@ from controls import CONTROLS
 from judge import change, elsewhere, in_float64, is_structural, outputs
 from known_answers import CASES, Case, fresh, generic_
 from parasym.core.graph import trace
-from parasym.core.samples import flatten
+from parasym.core.samples import draw, flatten
 from parasym.symmetry.dictionary import DictionaryAction
 from parasym.symmetry.search import Search, search
 from parasym.symmetry.symmetry import Symmetry
+from parasym.symmetry.tangent import Together, flat_of, jacobian, triangular
 from test_known_answers_oracle import trainable
 from zoo import ZOO
 
@@ -125,6 +126,46 @@ def test_more_inputs_are_drawn_until_the_rank_is_stable() -> None:
     result = search(graph, [flatten(graph, (inputs[0][0][:8],))], torch.Generator().manual_seed(0))
     assert len(result.batches) > 3
     assert result.null.nullity == 10
+
+
+def one_output() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(53)  # every unit changes side on at least a sixth of the samples
+    return nn.Sequential(nn.Linear(6, 12), nn.LeakyReLU(), nn.Linear(12, 12), nn.LeakyReLU(), nn.Linear(12, 1)), torch.randn(1, 6)
+
+
+def test_one_sample_with_one_output_is_drawn_as_often_as_it_takes() -> None:
+    model, x = one_output()
+    graph = trace(model, (x,))
+    result = search(graph, [flatten(graph, (x,))], torch.Generator().manual_seed(0))
+    assert result.null.nullity == result.explained == 24  # a scale for each hidden unit
+    assert not result.undecided
+
+
+def test_a_rank_that_still_grows_is_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = one_output()
+    graph = trace(model, (x,))
+    monkeypatch.setattr("parasym.symmetry.search._MAX_BATCHES", 64)
+    monkeypatch.setattr("parasym.symmetry.search._ROWS", 0)
+    result = search(graph, [flatten(graph, (x,))], torch.Generator().manual_seed(0), blind=False)
+    assert result.null.nullity > 24
+    assert "the rank did not settle" in [u["name"] for u in result.undecided]
+
+
+@pytest.mark.parametrize("name", ["conv-bn-relu-eval", "bert_eps1e-5", "rnn-relu"])
+def test_many_small_batches_at_once_are_the_batches_one_by_one(name: str) -> None:
+    model, inputs = CASES[name].build()
+    graph = trace(model, inputs[0])
+    generator = torch.Generator().manual_seed(0)
+    batches = [draw(graph, flatten(graph, inputs[0]), generator) for _ in range(9)]
+    flat = flat_of(graph)
+    each = torch.cat([jacobian(graph, graph.params, graph.prepare(b), flat) for b in batches])
+    stack = Together(graph, [graph.prepare(b) for b in batches])
+    assert stack._stack[2][0].shape[0] == len(batches)
+    assert torch.allclose(stack.jacobian(graph.params, flat), each, rtol=1e-12, atol=1e-13 * float(each.abs().max()))
+    one_by_one = torch.cat([graph(graph.params, b) for b in batches])
+    assert torch.allclose(stack.outputs(graph.params), one_by_one, rtol=1e-12, atol=1e-13 * float(one_by_one.abs().max()))
+    R = triangular(graph, graph.params, batches, flat)
+    assert torch.allclose(R.T @ R, each.T @ each, rtol=1e-10, atol=1e-12 * float((each.T @ each).abs().max()))
 
 
 # --- the module itself judges -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parasym.core.graph import Graph
 from parasym.symmetry.symmetry import Params
-from parasym.symmetry.tangent import Batch, Flat, cut, jacobian, svd
+from parasym.symmetry.tangent import Batch, Flat, Together, cut, svd, together
 
 _STEPS, _SLOW = 20, 0.1  # Gauss-Newton steps, and the decrease below which the Jacobian is taken anew
 
@@ -25,19 +25,19 @@ class Sampled:
     """A graph with its data prepared once: outputs and derivatives on fixed samples."""
 
     graph: Graph
-    envs: list[dict[str, object]]
+    parts: list[Together]
 
     @classmethod
     def of(cls, graph: Graph, batches: Sequence[Batch]) -> Sampled:
-        return cls(graph, [graph.prepare(b) for b in batches])
+        return cls(graph, together(graph, [graph.prepare(b) for b in batches], sum(p.numel() for p in graph.params.values())))
 
     def outputs(self, params: Params) -> Tensor:
         with torch.no_grad():
-            return torch.cat([o.reshape(-1) for env in self.envs for o in self.graph.replay(params, env)])
+            return torch.cat([part.outputs(params) for part in self.parts])
 
     def columns(self, params: Params, flat: Flat, names: Sequence[str]) -> Tensor:
         """(outputs, k) derivatives with respect to the entries of some parameters."""
-        return torch.cat([jacobian(self.graph, params, env, flat, names) for env in self.envs])
+        return torch.cat([part.jacobian(params, flat, names) for part in self.parts])
 
 
 @dataclass

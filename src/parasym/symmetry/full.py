@@ -27,7 +27,7 @@ from parasym.symmetry.generic import generic_draw
 from parasym.symmetry.naming import group_of, name_of, where_of
 from parasym.symmetry.readers import readers
 from parasym.symmetry.rigid import at_full_size, at_rest, nowhere
-from parasym.symmetry.search import Progress, Search, search, settle
+from parasym.symmetry.search import Progress, Search, search, settle, unsettled
 from parasym.symmetry.spaces import Spaces, find_spaces
 from parasym.symmetry.symmetry import Classified, Level, Symmetry, SymmetrySet
 from parasym.symmetry.tangent import NullSpace, flat_of
@@ -197,8 +197,9 @@ def _search_twin(small: Graph, batch: Batch, generator: torch.Generator, level: 
     for attempt in range(_DRAWS):
         if attempt:
             small.params = generic_draw(small, spaces, batch, seed=3 + attempt)
-        _, data = settle(small, small.params, [draw(small, batch, generator, wide=True)], flat, generator, True, wide=True)
+        settled, data = settle(small, small.params, [draw(small, batch, generator, wide=True)], flat, generator, True, wide=True)
         found = search(small, data, generator, grow=False, general=True, blind=False, level=level, progress=tell)
+        found.undecided += unsettled(settled)
         if best is None or found.null.nullity - found.explained < best.null.nullity - best.explained:
             best = found
         if best.explained == best.null.nullity:

@@ -33,7 +33,7 @@ from parasym.symmetry.symmetry import Kind, Level, Symmetry
 from parasym.symmetry.tangent import Flat, NullSpace, edge_motion, flat_of, jacobian, kernel, null_space, triangular
 
 Progress = Callable[[str, float], None]
-_MAX_BATCHES = 64
+_MAX_BATCHES, _ROWS = 64, 12
 _NEARLY = 1e-2  # a finite element of an approximate symmetry changes the outputs by less
 _SHARES = (1.0, -1.0, 1 / MARGIN, -1 / MARGIN, 0.2 / MARGIN, -0.2 / MARGIN)  # both ways: a kink may stand nearer than the far end
 _SEEN = 1e-11  # relative derivative above which a batch sees a direction
@@ -69,22 +69,27 @@ class Search:
 def settle(
     graph: Graph, params: Mapping[str, Tensor], batches: list[Batch], flat: Flat, generator: torch.Generator, grow: bool, wide: bool = False
 ) -> tuple[NullSpace, list[Batch]]:
-    """Null space on enough samples: half as many again are added until the rank has not grown twice in a row."""
+    """Null space on enough samples: half as many again are added until the rank has not grown twice in a row.
+
+    Small batches (one sample, few outputs) may be drawn up to ``_ROWS`` equations for each parameter entry.
+    """
     R = triangular(graph, params, batches, flat)
     null = null_space(R, len(batches))
     if not grow:
         return null, batches
     outputs = sum(o.numel() for o in graph.replay(params, graph.prepare(batches[0])))
-    still = 0
-    while still < 2 and null.nullity and len(batches) < _MAX_BATCHES:
+    still, grew, most = 0, False, max(_MAX_BATCHES, -(-_ROWS * flat.size // max(outputs, 1)))
+    while still < 2 and null.nullity and len(batches) < most:
         enough = max(-(-len(batches) // 2), -(-2 * flat.size // max(outputs, 1)) - len(batches))
-        more = [draw(graph, batches[0], generator, wide) for _ in range(min(enough, _MAX_BATCHES - len(batches)))]
+        more = [draw(graph, batches[0], generator, wide) for _ in range(min(enough, most - len(batches)))]
         R = torch.cat([R, triangular(graph, params, more, flat)])
         R = torch.linalg.qr(R, mode="r").R if len(R) > flat.size else R
         batches = batches + more
         new = null_space(R, len(batches))
-        still = still + 1 if new.nullity == null.nullity else 0
+        grew = new.nullity < null.nullity
+        still = 0 if grew else still + 1
         null = new
+    null.growing = grew and null.nullity > 0
     return null, batches
 
 
@@ -114,7 +119,7 @@ def search(
     fresh = [draw(graph, batches[0], generator, wide=general) for _ in range(2)] if grow or general else batches
     spaces = find_spaces(graph)
     anywhere, generic = (graph.params, null) if general else general_position(graph, spaces, batches, flat, generator, null)
-    out = Search(graph, spaces, batches, fresh, null, generic)
+    out = Search(graph, spaces, batches, fresh, null, generic, undecided=unsettled(null))
     places, constants = places_of(spaces), graph.prepare(batches[0])
     tell("families", 0.3)
     structural = Discovery(graph, anywhere, generic, flat, places, constants, generator).run() if generic.nullity else []
@@ -152,6 +157,14 @@ def search(
     out.moving = null.basis.norm(dim=1) > 1e-7
     tell("families", 1.0)
     return out
+
+
+def unsettled(null: NullSpace) -> list[dict[str, Any]]:
+    """What to record as undecided when the rank was counted on too few samples."""
+    if not null.growing:
+        return []
+    why = f"the last of {null.samples} batches still raised the rank: the nullity is an upper bound. Give larger batches as inputs."
+    return [{"name": "the rank did not settle", "why": why, "parameters": [], "dim": 0}]
 
 
 def general_position(

@@ -8,7 +8,7 @@ map on every sample (a symmetry) and which cannot be seen by any reader.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ Batch = Sequence[Tensor]
 _GAP_FLOOR = 1e-11  # relative singular values above this are never null
 _TANGENT_BYTES = 400_000_000
 _MAX_ELEMENTS = 400
+_STACKED_NUMBERS = 4_000_000  # input numbers, once for each output, of the batches that share a call
 _MANY_OUTPUTS = 8  # more outputs than this for each parameter entry: forward mode
 
 
@@ -151,6 +152,7 @@ class NullSpace:
         samples: number of batches used.
         factor: (r, P) triangular factor of the Jacobian: the judge of a direction, sharper than its distance to the basis,
             which small genuine singular values blur.
+        growing: the last samples still raised the rank, so the nullity is an upper bound.
     """
 
     basis: Tensor
@@ -158,6 +160,7 @@ class NullSpace:
     scale: float
     samples: int
     factor: Tensor = field(default_factory=lambda: torch.zeros(0, 0), repr=False)
+    growing: bool = False
 
     @property
     def nullity(self) -> int:
@@ -187,17 +190,89 @@ def cut(values: Tensor) -> int:
 
 
 def triangular(graph: Graph, params: Mapping[str, Tensor], batches: Sequence[Batch], flat: Flat) -> Tensor:
-    """R factor (<= P, P) of the Jacobian stacked over the batches; rows of one batch at a time are in memory."""
-    R = torch.zeros(0, flat.size, dtype=torch.float64)
-    for data in batches:
-        J = jacobian(graph, params, graph.prepare(data), flat)
+    """R factor (<= P, P) of the Jacobian stacked over the batches; about P rows, or those of one batch, are in memory."""
+    R, held = torch.zeros(0, flat.size, dtype=torch.float64), []
+    for J in _jacobians(graph, params, batches, flat):
         if not torch.isfinite(J).all():
             raise InputError(
                 "the Jacobian of the model is not finite at these weights and inputs: look for NaN or infinite weights, "
                 "overflow, or a square root or logarithm at zero."
             )
-        R = torch.linalg.qr(torch.cat([R, J]), mode="r").R if len(R) + len(J) > flat.size else torch.cat([R, J])
-    return R
+        held.append(J)
+        if sum(map(len, held)) > flat.size:
+            R, held = torch.linalg.qr(torch.cat([R, *held]), mode="r").R, []
+    R = torch.cat([R, *held])
+    return torch.linalg.qr(R, mode="r").R if len(R) > flat.size else R
+
+
+def _jacobians(graph: Graph, params: Mapping[str, Tensor], batches: Sequence[Batch], flat: Flat) -> Iterator[Tensor]:
+    """Jacobians whose rows together are those of all batches."""
+    for part in together(graph, [graph.prepare(b) for b in batches], flat.size):
+        yield part.jacobian(params, flat)
+
+
+@dataclass
+class Together:
+    """Prepared batches that go through the graph by themselves, in one call for all where the operators allow it."""
+
+    graph: Graph
+    envs: list[dict[str, Any]]
+
+    def outputs(self, params: Mapping[str, Tensor]) -> Tensor:
+        """All outputs of all batches, in order."""
+        if len(self.envs) > 1:
+            try:
+                return self._stacked(params, lambda p, outputs: outputs(p)).reshape(-1)
+            except RuntimeError:  # an operator without a batching rule
+                pass
+        return torch.cat([o.reshape(-1) for env in self.envs for o in self.graph.replay(params, env)])
+
+    def jacobian(self, params: Mapping[str, Tensor], flat: Flat, names: Sequence[str] | None = None) -> Tensor:
+        """(outputs of all batches, k): see :func:`jacobian`."""
+        if len(self.envs) > 1:
+            names = list(flat.shapes) if names is None else list(names)
+            with math_attention(), torch.inference_mode(False), torch.enable_grad():
+                values = _recordable(params)
+                leaves = {n: values[n].detach() for n in names}
+                try:
+                    found = self._stacked(values, lambda p, outputs: torch.func.jacrev(lambda q: outputs({**p, **q}))(leaves))
+                    return torch.cat([found[n].detach().flatten(0, 1).flatten(1) for n in names], 1)
+                except RuntimeError:  # an operator without a batching rule
+                    pass
+        return torch.cat([jacobian(self.graph, params, env, flat, names) for env in self.envs])
+
+    def _stacked(self, params: Mapping[str, Tensor], of: Callable[[Mapping[str, Tensor], Callable[..., Tensor]], Any]) -> Any:
+        first, moving, stacks = self._stack
+
+        def one(data: tuple[Tensor, ...]) -> Any:
+            env = {**first, **dict(zip(moving, data, strict=True))}
+            return of(params, lambda p: torch.cat([o.reshape(-1) for o in self.graph.replay(p, env)]))
+
+        return torch.func.vmap(one)(stacks)
+
+    @cached_property
+    def _stack(self) -> tuple[dict[str, Any], list[str], tuple[Tensor, ...]]:
+        """The first batch, what differs in the others, and that stacked."""
+        first, *others = map(_recordable, self.envs)
+        data = [n for n in first if self.graph.kind.get(n) == "data"]
+        moving = [n for n in data if isinstance(first[n], Tensor)]
+        if any(first[n] != env[n] for env in others for n in data if n not in moving):
+            raise RuntimeError("a number that is no tensor depends on the data")
+        return first, moving, tuple(torch.stack([first[n], *(env[n] for env in others)]) for n in moving)
+
+
+def together(graph: Graph, envs: Sequence[dict[str, Any]], rows: int) -> list[Together]:
+    """Batches grouped for one call each: no more outputs than ``rows`` and a bounded size of the data; large ones stay alone."""
+    envs, groups = list(envs), []
+    size = 1
+    if len(envs) > 1:
+        outputs = sum(o.numel() for o in graph.replay(graph.params, envs[0]))
+        numbers = sum(v.numel() for n, v in envs[0].items() if isinstance(v, Tensor) and graph.kind.get(n) == "data")
+        size = max(1, min(rows // max(1, outputs), _STACKED_NUMBERS // max(1, numbers * outputs)))
+    while envs:
+        groups.append(Together(graph, envs[:size]))
+        envs = envs[size:]
+    return groups
 
 
 def null_space(R: Tensor, samples: int) -> NullSpace:
