@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parasym.gallery.contract import Entry, Figure, Part, control, holds, match
+from parasym.gallery.contract import Entry, Figure, Part, control, holds, match, refuted
 from parasym.gallery.drawings import curves
 from parasym.gallery.ensemble import plain
 from parasym.solvable.balanced_net import (
@@ -165,14 +165,18 @@ def _distance_figure(curve: Sequence[tuple[float, Solution, Solution, Tensor]], 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """NTK distance after ``time`` of the square net, and of funnels (8-3-3) and inverted funnels (3-3-8) after ``funnel_time``."""
+    """NTK distance after ``time`` of the square net, and of funnels (8-3-3) and inverted funnels (3-3-8) after ``funnel_time``.
+
+    The order in lambda is a statement about most targets: of 300 Gaussian draws 5 miss the factor 1.2 between d(0) and d(+-1), and one,
+    ``counterexample``, reverses the two."""
 
     size: int = 4
     scale: float = 0.02
     time: float = 12.0
     funnel_time: float = 25.0
     lams: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-    seeds: tuple[int, ...] = tuple(range(10))
+    counterexample: int = 190
+    seeds: tuple[int, ...] = tuple(range(30))
 
 
 def _moved(shape: tuple[int, int, int], lam: float, scale: float, time: float, seed: int) -> float:
@@ -190,6 +194,7 @@ def kernels(config: KernelConfig) -> Part:
         for lam in sorted({sign * lam for lam in config.lams for sign in (1, -1)})
     }
     rich = [square[0.0][i] / max(square[1.0][i], square[-1.0][i]) for i in range(len(config.seeds))]
+    odd = {lam: _moved((n, n, n), lam, config.scale, config.time, config.counterexample) for lam in (0.0, 1.0, -1.0)}
     lazy = [min(square[1.0][i], square[-1.0][i]) / max(square[10.0][i], square[-10.0][i]) for i in range(len(config.seeds))]
     funnel, inverted = (8, 3, 3), (3, 3, 8)
     side = {
@@ -199,7 +204,10 @@ def kernels(config: KernelConfig) -> Part:
     }
     ends, predicted = _ends(config)
     checks = (
-        holds("d(0) over d(+-1), every seed", rich, at_least=1.2, source=f"{SLUG} B, R10", spread=rich),
+        holds("share of targets with d(0) > 1.2 d(+-1)", sum(ratio > 1.2 for ratio in rich) / len(rich), at_least=0.95,
+              source=f"{SLUG} B, R10", spread=rich),
+        refuted(f"every target has d(0) > d(+-1): their ratio for draw {config.counterexample}", odd[0.0] / max(odd[1.0], odd[-1.0]),
+                at_least=1.0, source=f"{SLUG} B, R10"),
         holds("d(+-1) over d(+-10), every seed", lazy, at_least=15.0, source=f"{SLUG} B, R10", spread=lazy),
         match("square net: d(-lambda) = d(lambda), lambda = 1 and 10, every seed", [*square[1.0], *square[10.0]],
               [*square[-1.0], *square[-10.0]], 1e-3, source=f"{SLUG} B"),
@@ -313,7 +321,7 @@ ENTRY = Entry(
         "default": Config(),
         "full": Config(
             trajectories=TrajectoryConfig(seeds=tuple(range(5, 15))),
-            kernels=KernelConfig(seeds=tuple(range(30))),
+            kernels=KernelConfig(seeds=tuple(range(100))),
             tasks=TaskConfig(seeds=tuple(range(10))),
         ),
     },
