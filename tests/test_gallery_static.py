@@ -59,13 +59,26 @@ def test_entries_pass_at_default_size(module) -> None:
 def test_a_wrong_kappa_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     config = deep_linear_exact.MinimumConfig(nets=(((5,), (0.8,), (0.3, 0.2)),), restarts=3, seeds=(0,))
     monkeypatch.setattr(DeepLinear, "kappa", property(lambda self: 1.0 + sum(self.noise)))
-    assert "deep-linear-exact A1, R3" in failed(deep_linear_exact.minimum(config))
+    assert {"deep-linear-exact A1, R3", "deep-linear-exact R8"} <= failed(deep_linear_exact.minimum(config))
+
+
+def test_levels_without_the_barrier_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = deep_linear_exact.MinimumConfig(nets=deep_linear_exact.MinimumConfig.nets[:2], restarts=3, seeds=(0,))
+    right = Scale.stationary
+    monkeypatch.setattr(Scale, "stationary", lambda self, g: right(self, g)[:1])
+    assert {"deep-linear-exact A1, R3", "deep-linear-exact R3, R6"} <= failed(deep_linear_exact.minimum(config))
+
+
+def test_a_shrinkage_of_another_size_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deep_linear_exact.DeepLinearMulti, "g", property(lambda self: 1.02 * self.decay[0]))
+    part = deep_linear_exact.modes(deep_linear_exact.ModeConfig(nets=(((4,), 0.6),), restarts=2, seeds=(0,)))
+    assert failed(part) == {"deep-linear-exact R9"} and part.checks[-1].passed  # the soft threshold does not read g
 
 
 def test_a_wrong_bound_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Scale.beta
     monkeypatch.setattr(Scale, "beta", lambda self, tau: 3 * right(self, tau))
-    part = deep_linear_exact.bounds(deep_linear_exact.BoundConfig(problems=30, seeds=(0,)))
+    part = deep_linear_exact.bounds(deep_linear_exact.BoundConfig(problems=30, trained=6, seeds=(0,)))
     assert "deep-linear-exact R7" in failed(part)
 
 

@@ -528,6 +528,28 @@ def test_escape_rate_in_more_dimensions_reduces_to_one() -> None:
     assert number(escape.escape_rate(8.0, -4.0, 0.0, 2.0, 0.1, 8.0)) == 0.0
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_escape_rate_is_kramers_for_the_log_of_the_loss(n: int) -> None:
+    """power-law-escape R4, R7: d theta = -grad U d tau + sqrt(2 T) dW with U = log L, and d tau = L* dt at the bottom; Hessians of U by
+    autodiff of a loss that is isotropic at its minimum."""
+    a, t = 0.7, 0.1
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return 1 + a * (x[0] ** 2 - 1) ** 2 + 4 * a * x[1:].square().sum()  # curvature 8 a in every direction at (1, 0, ..)
+
+    bottom, top = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    bottom[0] = 1.0
+    log_loss = lambda x: loss(x).log()  # noqa: E731
+    low, high = (torch.linalg.eigvalsh(torch.func.hessian(log_loss)(x)) for x in (bottom, top))
+    barrier = float(log_loss(top) - log_loss(bottom))
+    langer = float(-high[0] / (2 * math.pi) * (low.prod() / high.prod().abs()).sqrt()) * math.exp(-barrier / t)
+    curvatures = (torch.func.hessian(loss)(x).numpy() for x in (bottom, top))
+    found = number(escape.escape_rate(*curvatures, float(loss(bottom)), float(loss(top)), t, 8 * a))
+    assert abs(found / (float(loss(bottom)) * langer) - 1) < 1e-12
+    # negative control: the power with one outlier more
+    assert abs(found * (float(loss(top)) / float(loss(bottom))) ** -0.5 / (float(loss(bottom)) * langer) - 1) > 0.1
+
+
 def test_density_exponent_recovers_a_student_sample() -> None:
     phi = 3.0  # (1+w^2)^-3 is Student-t with 5 degrees of freedom, w = t / sqrt 5
     w = stats.t.rvs(5, size=100_000, random_state=1) / math.sqrt(5)

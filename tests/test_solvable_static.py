@@ -460,6 +460,25 @@ def test_width_form_landau_and_depth_limit() -> None:
     assert errors[2] < 2e-4 and errors[1] < 0.2 * errors[0]
 
 
+def test_the_published_equation_of_the_scale() -> None:
+    """deep-linear-exact R4: b = |beta|^(1/(D+1)) / d solves the printed scalar equation, and with other layers of noise it does not."""
+    a, e = np.diag([2.2, 1, 0.5, 0.2]), np.array([0.9, 0.5, -0.4, 0.3])
+    for depth, d, s2, gamma in ((2, 4, 0.7, 0.1), (3, 3, 0.4, 0.1), (4, 5, 1.5, 0.02)):
+        for point in Scale(a, e, depth, (1 + s2 / d) ** depth).stationary(gamma):
+            b = point.norm ** (1 / (depth + 1)) / d
+            sides = [
+                np.linalg.norm(np.linalg.solve(d**depth * (s + d) ** depth * b ** (2 * depth) * a + gamma * np.eye(4), e))
+                * (d * b) ** (depth - 1)
+                for s in (s2, 0.0)
+            ]
+            assert abs(sides[0] - 1) < 1e-10 and abs(sides[1] - 1) > 1e-6
+    # one hidden layer with two decays
+    model = DeepLinear(a, e, 2.0, (3,), (0.8,), (0.3, 0.2))
+    b = float(model.layers(model.global_minimum().beta)["U"][0, 0])
+    left = np.linalg.solve(b**2 * (0.8 + 3) * a + 0.3 * np.eye(4), e)
+    assert abs(left @ left - 0.2 / 0.3) < 1e-10
+
+
 def test_bounds_on_the_uniform_scale() -> None:
     """deep-linear-exact R7 with the smallest eigenvalue of A; with the largest one it is violated."""
     rng, inside, outside = np.random.default_rng(4), 0, 0

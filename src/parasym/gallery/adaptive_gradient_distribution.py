@@ -102,7 +102,8 @@ def moments(config: MomentsConfig) -> Part:
     for beta in config.betas:
         predicted = [number(theory.ema_moments(t, beta)["Var|u|"]) for t in steps]
         params = {"beta1": 0.0, "beta2": beta, "mean": 0.0}
-        seen = [x for seed in seeds for x in sampled(moving_average(), steps, 4, params, config.replicas, seed)["Var|u|"]]
+        drawn = [sampled(moving_average(), steps, 4, params, config.replicas, seed) for seed in seeds]
+        seen = [x for run in drawn for x in run["Var|u|"]]
         checks.append(
             match(
                 f"moving average {beta}: Var|u| for t = {tuple(steps)}",
@@ -113,6 +114,12 @@ def moments(config: MomentsConfig) -> Part:
                 spread=seen,
             )
         )
+        seen = [x for run in drawn for x in run["E u^2"]]
+        predicted = [number(theory.ema_moments(t, beta)["E u^2"]) for t in steps]
+        checks.append(
+            match(f"moving average {beta}: E u^2 for t = {tuple(steps)}", predicted * len(seeds), seen, 8e-3 * loose, source=f"{SLUG} R2",
+                  spread=seen)
+        )  # fmt: skip
         long = number(theory.ema_moments(1000 if beta < 0.999 else 8000, beta)["E u^2"])
         checks.append(
             control(f"moving average {beta}: E u^2 at stationarity falls short of one by", 1 - long, at_least=5e-4, source=f"{SLUG} R2")

@@ -172,7 +172,7 @@ def stationary(config: StationaryConfig) -> Part:
                 spread=turns,
             )
         )
-        checks.append(control(f"area in the plane of two positions, in standard errors, {words}", idle, at_most=4.5, source=f"{SLUG} A4"))
+        checks.append(control(f"area in the plane of two positions, in standard errors, {words}", idle, at_most=4.0, source=f"{SLUG} A4"))
         step = float(d.displacement([1])[0])
         checks.append(match(f"squared step at stationarity, {words}", step, steps, 0.01, source=f"{SLUG} R5", relative=True, spread=steps))
         checks.append(

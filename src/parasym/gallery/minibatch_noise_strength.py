@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
+from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match, refuted
 from parasym.gallery.diagrams import BATCH
 from parasym.gallery.drawings import agreement, curves
 from parasym.simulate import SGD, Average, Covariance, Ensemble, Momentum, Run, descent, dot, regression, table_regression
@@ -380,10 +380,12 @@ def _minimum(config: DataConfig) -> list[Check]:
             "C at the least-squares solution is (2 L0/S) H0: relative distance", leading, at_most=0.03, source=f"{SLUG} R9", spread=leading
         ),
         control("it is far from H0 / S: ratio of norms", without, at_most=0.5, source=f"{SLUG} R9"),
-        control(
-            "with decay and Gaussian x the rank-one term has the sign of R6 (+1), not of R9 (-1), whose residuals are taken as decoupled",
+        match("with decay and Gaussian x its rank-one term is added: coefficient +1", 1.0, signs, 0.1, source=f"{SLUG} R6", spread=signs),
+        refuted(
+            "with decay the rank-one term is subtracted, coefficient -1 (R9 takes residuals and inputs as decoupled; for Gaussian x they "
+            "are not)",
             signs,
-            at_least=0.7,
+            at_most=-0.9,
             source=f"{SLUG} R9",
             spread=signs,
         ),

@@ -70,10 +70,11 @@ def formulas(config: FormulaConfig) -> Part:
             0.05,
             source=f"{SLUG} A2",
         ),
-        control(
+        match(
             "two dimensions more take one off the slope, half each",
+            1.0,
             [slopes[d] - slopes[d + 2] for d in config.dims],
-            at_least=0.9,
+            0.1,  # two slopes of .05
             source=f"{SLUG} A2",
         ),
         control(
