@@ -371,7 +371,8 @@ class Lyapunov(Observable):
     """The largest ``count`` Lyapunov exponents of the step: tangents orthogonalised at every step (modified Gram-Schmidt, a QR).
 
     Per step, natural log, (g, count) or (count,); in decreasing order up to sampling error. The derivative of the step is taken
-    symbolically; for a linear recursion it is the random matrix itself. A factor that is exactly zero makes the exponent minus
+    symbolically; for a linear recursion it is the random matrix itself: start it at 0, since a state that decays passes through
+    subnormal numbers, which take a processor a hundred times as long. A factor that is exactly zero makes the exponent minus
     infinity, and one whose columns are dependent up to rounding would make it the logarithm of rounding; the status is then
     ``not_converged``, with a note.
     """
