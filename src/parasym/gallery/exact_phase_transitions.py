@@ -15,7 +15,7 @@ import torch
 from scipy import optimize
 from torch import Tensor
 
-from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
+from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match, refuted
 from parasym.gallery.deep_linear_exact import CROSS, SECOND, diagonal_net, run_descent
 from parasym.gallery.diagrams import DEPTH
 from parasym.gallery.drawings import curves
@@ -218,12 +218,13 @@ def descent(config: DescentConfig) -> Part:
 
 @dataclass(frozen=True)
 class NonlinearConfig:
-    """Width 4, one hidden layer, 40 samples of three inputs, y = tanh(x.(1, -.5, .3)) + .1 noise; shares of phi'(0) |E|."""
+    """Width 4, one hidden layer, 40 samples of three inputs, y = tanh(x.(1, -.5, .3)) + .1 noise; shares of phi'(0) |E|.
+    Of the first six data sets number 5 is the one on which SiLU jumps."""
 
     width: int = 4
     samples: int = 40
     shares: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 1.0, 1.01, 1.02, 1.04, 1.1, 1.2)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 5)
     silu: bool = True
 
 
@@ -248,7 +249,7 @@ def nonlinear(config: NonlinearConfig) -> Part:
     names = ("tanh", "SiLU") if config.silu else ("tanh",)
     for name in names:
         phi, c = ACTIVATIONS[name]
-        series, lines, expected = [], [], []
+        series, lines, expected, orders = [], [], [], []
         for seed in config.seeds:
             x, y = nonlinear_data(seed, config.samples)
             unit = c * float((x * y[:, None]).mean(0).norm())
@@ -267,6 +268,8 @@ def nonlinear(config: NonlinearConfig) -> Part:
             down = phase_sweep(loss, norm, gammas, {key: 1e-3 * w for key, w in start.items()}, direction="down", seed=seed)
             at = {s: i for i, s in enumerate(config.shares)}
             above = [i for s, i in at.items() if s >= 1.01]
+            order = classify(up, down)
+            orders.append(float(order))
             where = f"{name}, data {seed}"
             if name == "tanh":
                 gap = (up.norm2 - down.norm2).abs().max()
@@ -274,11 +277,11 @@ def nonlinear(config: NonlinearConfig) -> Part:
                     match(f"{where}: largest difference of |theta|^2 between the branches", 0.0, gap, 1e-3, source=f"{SLUG} A3, R8"),
                     holds(f"{where}: |theta|^2 above 1.01 |E|", up.norm2[above], at_most=1e-6, source=f"{SLUG} A3"),
                     holds(f"{where}: |theta|^2 at .99 |E|", up.norm2[at[0.99]], at_least=1e-3, source=f"{SLUG} A3"),
-                    match(f"{where}: order of the transition", 2.0, float(classify(up, down)), 0.0, source=f"{SLUG} R10"),
+                    match(f"{where}: order of the transition", 2.0, float(order), 0.0, source=f"{SLUG} R10"),
                 ]
             else:
                 checks.append(holds(f"{where}: the cooling branch has left 0 at .98 |E| / 2 (order found: "
-                                    f"{classify(up, down).details['word']})", down.norm2[at[0.98]], at_least=1e-3,
+                                    f"{order.details['word']})", down.norm2[at[0.98]], at_least=1e-3,
                                     source=f"{SLUG} A3, R8"))  # fmt: skip
             for branch in (up, down):
                 mark = "line" if branch.direction == "up" else "dash"
@@ -288,6 +291,9 @@ def nonlinear(config: NonlinearConfig) -> Part:
                 checks.append(_latent_heat(loss, up, gammas, where))
         claim = f"{name}: decay at which the origin loses stability, from the Hessian"
         checks.append(match(claim, expected, lines, 1e-8, source=f"{SLUG} R8", spread=lines))
+        if name == "SiLU":
+            checks.append(refuted("SiLU: with one hidden layer the transition is of second order whatever the data: orders", orders,
+                                  at_least=2.0, source=f"{SLUG} R8"))  # fmt: skip
         data = {"series": series, "x": "gamma / (phi'(0) |E|)", "y": "|theta|^2"}
         figures.append(Figure(f"{name}: squared norm, swept up and down", data, curves, "A kink: second order. A loop: first order."))
     checks += _deep_and_biased(config)
@@ -372,7 +378,7 @@ ENTRY = Entry(
         "full": Config(
             forms=FormConfig(grid=4_000_001),
             descent=DescentConfig(steps=16_000, seeds=tuple(range(6))),
-            nonlinear=NonlinearConfig(seeds=(0, 1, 2, 3)),
+            nonlinear=NonlinearConfig(seeds=(0, 1, 2, 3, 4, 5)),
         ),
     },
     experiments={"forms": forms, "descent": descent, "nonlinear": nonlinear},

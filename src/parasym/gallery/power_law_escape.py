@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
+from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match, refuted
 from parasym.gallery.drawings import curves
 from parasym.simulate import SGD, Ensemble, FirstPassage, descent, diffusion, dot, regression, sqrt
 from parasym.solvable import escape as theory
@@ -257,14 +257,13 @@ def sgd(config: SgdConfig) -> Part:
                 spread=found,
             )
         )
-        checks.append(
-            control(
-                f"relative distance to the continuous-time value, {words}",
-                [abs(f / continuous - 1) for f in found],
-                at_least=0.05 if first else 0.03,
-                source=f"{SLUG} {'A4' if first else 'R10'}",
-            )
-        )
+        distance, source = [abs(f / continuous - 1) for f in found], f"{SLUG} {'A4' if first else 'R10'}"
+        checks += [
+            control(f"relative distance to the continuous-time value, {words}", distance, at_least=0.05 if first else 0.03, source=source),
+            refuted(
+                f"the density of SGD has the exponent 1 + B/(eta h), {words}: relative distance", distance, at_most=0.03, source=source
+            ),
+        ]
     return Part((*checks, *_passages(config), *_cold(config), _violation(config)))
 
 
@@ -277,7 +276,8 @@ def _times(dim: int, eta: float, levels: tuple[float, ...], replicas: int, steps
 
 def _passages(config: SgdConfig) -> list[Check]:
     """R10c: slopes of log time over log level, B = 1, beside the formula and the SDE in the same window."""
-    out = []
+    out: list[Check] = []
+    off: list[float] = []
     for dim in config.passage_dims:
         slopes = []
         for seed in config.seeds:
@@ -295,6 +295,10 @@ def _passages(config: SgdConfig) -> list[Check]:
                 spread=slopes,
             )
         )
+        off += [abs(s - theory.limiting_slope(dim, config.passage_rate)) for s in slopes]
+    out.append(
+        refuted(f"SGD escapes by the slope 1/T + 1 - d/2, d = {config.passage_dims}: distance", off, at_most=0.5, source=f"{SLUG} R10")
+    )
     return out
 
 
@@ -313,7 +317,7 @@ def _cold(config: SgdConfig) -> list[Check]:
             at_least=0.1,
             source=f"{SLUG} R10",
         ),
-        control("and is not at the power law at the smallest eta", places[-1], at_least=0.2, source=f"{SLUG} R10"),
+        refuted("SGD is at the power law at the smallest eta", places[-1], at_most=0.2, source=f"{SLUG} R10"),
     ]
 
 
