@@ -77,6 +77,18 @@ def test_a_wrong_rate_of_the_line_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
     assert any("output along the run" in c for c in claims) and any("against the ODE" in c for c in claims)
 
 
+def test_wrong_mechanisms_and_powers_of_the_width_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parasym.gallery import three_mechanisms as gallery
+    from parasym.solvable.line_net import LineFlow, scaling_phase
+
+    smoke = entry("three_mechanisms").config("smoke")
+    monkeypatch.setattr(gallery, "scaling_phase", lambda *e: replace(found := scaling_phase(*e), richness=1.5 * found.richness))
+    assert sum("power of the width" in c or "exponent of Theta" in c for c in failed(gallery.phases(smoke.phases))) == 2
+    monkeypatch.setattr(LineFlow, "cosine", lambda self, t: torch.linspace(0, 1, len(t), dtype=torch.float64))
+    claims = failed(gallery.runs(replace(smoke.runs, settings=gallery.SETTINGS[1:2])))
+    assert any("mechanism of every seed" in c for c in claims)
+
+
 def test_a_wrong_neuron_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from parasym.gallery import get_rich_quick as gallery
     from parasym.solvable.minimal_rich import NeuronFlow

@@ -112,6 +112,30 @@ def test_growth_without_copies_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "stochastic-networks-deterministic R2" in failed(stochastic.growth(config))
 
 
+def test_a_wrong_output_variance_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LinearLVM.predicted_output_variance
+    monkeypatch.setattr(LinearLVM, "predicted_output_variance", lambda self: (1 + 1e-4) * right(self))
+    part = stochastic.latent(stochastic.LatentConfig(latents=(2, 4, 8), falling=(0.03,), small=(1e-4, 3e-5), seeds=(1,)))
+    assert [c for c in part.checks if not c.passed and "below every mode's threshold" in c.claim]
+
+
+def test_a_threshold_that_needs_a_learned_variance_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LinearLVM.loss
+    # a penalty on the mean of a quarter the size, for fixed variances only
+    kept = lambda self, w: right(self, w) - (0.375 * self.beta * (w["W"].T @ self.second @ w["W"]).trace() if self.sigma else 0.0)  # noqa: E731
+    monkeypatch.setattr(LinearLVM, "loss", kept)
+    config = posterior_collapse.ModeConfig(settings=(), restarts=1, seeds=(1,))
+    assert any("living modes below and above" in c.claim for c in posterior_collapse.modes(config).checks if not c.passed)
+
+
+def test_a_start_that_sticks_at_a_saddle_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = RegularizedLAE.init
+    stuck = lambda self, seed, scale=1.0: right(self, seed, scale) if seed % 2 else self.weights((0, 2), seed)  # noqa: E731
+    monkeypatch.setattr(RegularizedLAE, "init", stuck)
+    part = regularized_lae.minima(regularized_lae.MinimumConfig(lams=(2.0,), restarts=2, seeds=(0,)))
+    assert any("share of restarts" in c.claim for c in part.checks if not c.passed)
+
+
 def test_a_wrong_threshold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = LinearLVM._modes
     monkeypatch.setattr(LinearLVM, "_modes", lambda self: right(self if self.sigma else dataclasses.replace(self, beta=1.05 * self.beta)))

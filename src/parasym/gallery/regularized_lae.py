@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parasym.gallery.contract import Check, Entry, Figure, Part, control, match
+from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
 from parasym.gallery.digits import digits
 from parasym.gallery.drawings import agreement, curves
 from parasym.methods.principal import LAEPCA
@@ -51,13 +51,14 @@ def minima(config: MinimumConfig) -> Part:
     free_gaps, cosines, predicted, measured = [], [], [], []
     for penalty in ("none", "product", "sum"):
         for lam in config.lams if penalty != "none" else config.lams[:1]:
-            rows: dict[str, list[float]] = {name: [] for name in ("theory", "loss", "map", "rank", "gap", "cos", "sigma")}
+            rows: dict[str, list[float]] = {name: [] for name in ("theory", "loss", "map", "rank", "share", "gap", "cos", "sigma")}
             for seed in config.seeds:
                 model = RegularizedLAE(scatter(seed), config.codes, lam, penalty)  # type: ignore[arg-type]
                 theory, found = model.predict("minimum").values, model.minimise(seed, config.restarts)
                 seen = model.observables(found.best)
                 rows["theory"].append(float(theory["loss"]))
                 rows["loss"].append(found.value)
+                rows["share"].append(found.fraction())
                 rows["map"].append(float((seen["map"] - torch.as_tensor(theory["map"].value)).norm()))
                 rows["rank"].append(float((torch.linalg.svdvals(seen["map"]) > 1e-4).sum()))
                 w1, w2 = found.best["W1"], found.best["W2"]
@@ -82,6 +83,7 @@ def minima(config: MinimumConfig) -> Part:
                 match(f"{words}: loss", rows["theory"], rows["loss"], 1e-8, source=f"{SLUG} A1, R2", spread=rows["loss"]),
                 match(f"{words}: |W2 W1 - theory|", 0.0, rows["map"], 1e-5, source=f"{SLUG} A1, R1", spread=rows["map"]),
                 match(f"{words}: rank", expected, rows["rank"], 0.0, source=f"{SLUG} A1, R2"),
+                holds(f"{words}: share of restarts at the minimum", rows["share"], at_least=1.0, source=f"{SLUG} R2"),
             ]
             if penalty == "sum":
                 checks += [
