@@ -419,3 +419,45 @@ def test_a_batch_of_one_image_is_explained_like_a_batch_of_many() -> None:
     assert one.completeness.explained == many.completeness.explained == 1.0
     assert one.completeness.nullity == many.completeness.nullity == 3 * (16 + 24)  # conv weight, conv bias and ReLU, each against the norm
     assert one.undecided == []
+
+
+@pytest.mark.parametrize("asked", [{}, {"use_cache": True}])
+def test_a_transformers_model_is_traced_without_its_cache(asked: dict[str, bool]) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=13, n_embd=8, n_layer=1, n_head=2, n_positions=8)).eval()
+    assert model.config.use_cache
+    graph = trace(model, (), {"input_ids": torch.randint(13, (2, 5)), **asked})
+    assert len(graph.outputs) == 1  # the logits alone
+    assert model.config.use_cache
+    assert model(torch.randint(13, (2, 5))).past_key_values is not None
+
+
+@pytest.mark.slow
+def test_experts_behind_their_default_kernel_are_explained_in_closed_form() -> None:
+    """Directions of two layers with four experts of 24 units, width 16: heads, units, gains, router and the turned stream."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    audit = parasym.audit(transformers.MixtralForCausalLM(config).eval(), kwargs={"input_ids": torch.randint(50, (2, 8))})
+    layer = 2 * 4**2 + 4 + 4 + 4 * 24 + 16 + 16 + 16  # values, rotary turns and scales, units, two gains, router
+    assert audit.completeness.nullity == 2 * layer + 16 + 16 * 15 // 2
+    assert audit.completeness.explained == 1.0 and not audit.undecided and not audit.refuted
+    assert sum(s.group == "S_24 wr S_4" for s in audit.symmetries) == 2
+    assert sum(s.group == "S_4" and "experts" in "".join(s.parameters) for s in audit.symmetries) == 2
+
+
+def test_what_the_full_model_refutes_is_not_counted_as_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(20, 60), nn.ReLU(), nn.Linear(60, 60), nn.ReLU(), nn.Linear(60, 9))
+    judged: list[float] = []
+
+    def one_fails(*_: object) -> float:
+        judged.append(1.0 if not judged else 1e-16)
+        return judged[-1]
+
+    monkeypatch.setattr("parasym.symmetry.full._joint_residual", one_fails)
+    audit = parasym.audit(model, args=(torch.randn(8, 20),))
+    assert len(judged) == 2 and len(audit.refuted) == 1
+    assert audit.completeness.explained is not None and 0.3 < audit.completeness.explained < 0.7

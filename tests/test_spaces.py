@@ -197,6 +197,39 @@ class _Odd(nn.Module):
         return self.b(torch.cumsum(self.a(x), 1) + torch.linalg.matrix_exp(self.a(x)[:4])[:1])
 
 
+class Experts(nn.Module):
+    """Each token is read by the two experts its router ranks highest; ``told``: which they are is an output too."""
+
+    def __init__(self, told: bool = False) -> None:
+        super().__init__()
+        self.gate, self.norm = nn.Linear(5, 4, bias=False), nn.RMSNorm(5)
+        self.up, self.down = nn.Parameter(torch.randn(4, 3, 5)), nn.Parameter(torch.randn(4, 5, 3))
+        self.told = told
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        share, which = self.gate(h).softmax(-1).topk(2)
+        picked = which.reshape(-1)
+        inner = torch.bmm(self.up[picked], h.repeat_interleave(2, 0).unsqueeze(-1)).relu()
+        out = (torch.bmm(self.down[picked], inner).squeeze(-1) * share.reshape(-1, 1)).reshape(len(x), 2, -1).sum(1)
+        return out + which.sum(-1, keepdim=True) if self.told else out
+
+
+def test_experts_picked_by_a_router_are_one_space_and_own_their_units() -> None:
+    spaces = read(Experts(), torch.randn(6, 5))
+    expert = next(a for a in free(spaces) if a.size == 4)
+    assert places(expert) == {("gate.weight", 0), ("up", 0), ("down", 0)}
+    unit = next(a for a in free(spaces) if places(a) == {("up", 1), ("down", 2)})
+    assert unit.parents == (expert.number,)  # units of different experts may be exchanged differently
+
+
+def test_experts_whose_numbers_are_read_stay_in_order() -> None:
+    spaces = read(Experts(told=True), torch.randn(6, 5))
+    assert all("gate.weight" not in a.parameters for a in free(spaces))
+    unit = next(a for a in free(spaces) if places(a) == {("up", 1), ("down", 2)})
+    assert unit.parents == ()
+
+
 def test_unknown_operators_freeze_what_they_touch_and_are_named() -> None:
     spaces = read(_Odd(), torch.randn(5, 3))
     assert "linalg_matrix_exp" in "".join(spaces.unknown.values())

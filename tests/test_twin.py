@@ -62,7 +62,7 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any], tuple[str, int, int]]] = {
     "gpt-neox": ("GPTNeoX", "ForCausalLM", {"num_hidden_layers": 4}, ("gpt_neox.layers", 4, 1)),
     "roberta": ("Roberta", "Model", {"num_hidden_layers": 3}, ("encoder.layer", 3, 2)),
     "gemma3": ("Gemma3TextModel", "", {}, ("layers", 26, 2)),
-    "mixtral": ("Mixtral", "ForCausalLM", {"num_hidden_layers": 4}, ("model.layers", 4, 1)),
+    "mixtral": ("Mixtral", "ForCausalLM", {"num_hidden_layers": 4}, ("model.layers", 4, 2)),
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from parasym.core.errors import InputError, TraceError
-from parasym.core.guards import preserve
+from parasym.core.guards import preserve, without_cache
 
 aten = torch.ops.aten
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,6 +56,7 @@ class Graph:
     module: torch.fx.GraphModule
     dead: list[str] = field(default_factory=list)
     kinds_of_input: list[torch.dtype] = field(default_factory=list)
+    _kept: tuple[Any, dict[str, Any]] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def nodes(self) -> list[Node]:
@@ -63,13 +64,27 @@ class Graph:
 
     def prepare(self, data: Sequence[Tensor]) -> dict[str, Any]:
         """Evaluate everything that does not depend on parameters, once for a batch of data."""
-        env: dict[str, Any] = {}
-        values = {**{k: v.clone() for k, v in self.buffers.items()}, **dict(zip(self.inputs, data, strict=True))}
+        env, values = dict(self._constants()), dict(zip(self.inputs, data, strict=True))
         for n in self.nodes:
-            if self.kind.get(n.name) not in ("const", "data"):
-                continue
-            env[n.name] = values[n.name] if n.op == "placeholder" else self._evaluate(n, env)
+            if self.kind.get(n.name) == "data":
+                env[n.name] = values[n.name] if n.op == "placeholder" else self._evaluate(n, env)
         return env
+
+    def _constants(self) -> dict[str, Any]:
+        """Everything that depends on neither parameters nor data; kept until a buffer, the graph or a kept value changes."""
+        nodes = [n for n in self.nodes if self.kind.get(n.name) == "const"]
+        if self._kept is not None and self._kept[0] == self._state(nodes, self._kept[1]):
+            return self._kept[1]
+        env: dict[str, Any] = {}
+        for n in nodes:
+            env[n.name] = self.buffers[n.name].clone() if n.op == "placeholder" else self._evaluate(n, env)
+        random = any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in nodes)
+        self._kept = None if random else (self._state(nodes, env), env)
+        return env
+
+    def _state(self, nodes: Sequence[Node], env: Mapping[str, Any]) -> Any:
+        values = [*self.buffers.values(), *(v for v in env.values() if isinstance(v, Tensor))]
+        return nodes, [(id(v), 0 if v.is_inference() else v._version) for v in values]
 
     def replay(self, params: Mapping[str, Tensor], env: Mapping[str, Any], wanted: Iterable[str] | None = None) -> list[Tensor]:
         """Evaluate the wanted nodes (default: the outputs) at the given parameters, on a prepared batch."""
@@ -137,7 +152,8 @@ def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
 
     Args:
         model: any module; on the meta device its values are not needed.
-        args, kwargs: example arguments (tensors, or trees of tensors). The batch is axis 0 of each.
+        args, kwargs: example arguments (tensors, or trees of tensors). The batch is axis 0 of each. A Transformers model is
+            traced without its key-value cache.
         values: copy parameter values in float64 (False: keep them on the meta device).
 
     Raises:
@@ -155,7 +171,9 @@ def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
     if any(p.device.type == "meta" for p in model.parameters()):
         args = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), tuple(args))
         kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), kwargs)
-    with preserve(model):
+    if kwargs.get("use_cache"):
+        kwargs = {**kwargs, "use_cache": False}
+    with preserve(model), without_cache(model):
         program = _export(model, tuple(args), dict(kwargs))
     shared: dict[int, str] = {}
     aliases = {name: shared.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}

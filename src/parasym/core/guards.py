@@ -42,6 +42,20 @@ def rng_state() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """No key-value cache among the outputs of a Transformers model inside the block: a cache is no tensor and no symmetry is in it."""
+    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    held = {id(c): c for c in configs if getattr(c, "use_cache", None)}
+    try:
+        for config in held.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in held.values():
+            config.use_cache = True
+
+
+@contextlib.contextmanager
 def preserve(*models: nn.Module) -> Iterator[None]:
     """Leave the models and the random generators as they were found, whatever happens inside, exceptions included.
 

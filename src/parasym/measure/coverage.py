@@ -58,8 +58,8 @@ def _reason(graph: Graph, finder: Finder, n: Node) -> str:
         return "its channels lie in groups"
     if name in ("linear", "mm", "addmm", "matmul") or name.startswith("conv"):
         return "the weight in use is computed from these parameters"
-    if name.startswith("index"):
-        return "parts of it are picked by index"
+    if name.startswith("index") or "grouped_mm" in name:
+        return "each sample is read by the parts of it that are picked for it (experts)"
     return f"{name} is no single contraction of an activation with a matrix"
 
 

@@ -17,13 +17,18 @@ _MAX_MONOMIALS = 4096
 
 
 class Axis:
-    """A union-find variable: an atom until something refines it to a product (row-major) or a concatenation."""
+    """A union-find variable: an atom until something refines it to a product (row-major) or a concatenation.
 
-    __slots__ = ("frozen", "kind", "number", "parts", "size", "up")
+    Where the entries were picked from another axis by a tensor of indices, ``picks`` has that tensor's name ("" for several) and
+    the axis: each entry then belongs to one index of it.
+    """
+
+    __slots__ = ("frozen", "kind", "number", "parts", "picks", "size", "up")
 
     def __init__(self, size: int, frozen: str | None = None, kind: Kind = "atom", parts: Sequence[Axis] = ()) -> None:
         self.size, self.frozen, self.kind, self.parts = size, frozen, kind, tuple(parts)
         self.up: Axis | None = None
+        self.picks: tuple[str, Axis] | None = None
         self.number = -1
 
     def __repr__(self) -> str:
@@ -102,7 +107,7 @@ def unify(a: Axis, b: Axis) -> None:
         _conflict(a, b)
     elif a.kind == "atom" or b.kind == "atom":
         atom, other = (a, b) if a.kind == "atom" else (b, a)
-        atom.up = other
+        _link(atom, other)
         if atom.frozen is not None:
             freeze(other, atom.frozen)
     else:
@@ -118,7 +123,14 @@ def unify(a: Axis, b: Axis) -> None:
                 freeze(b, a.frozen)
             if b.frozen is not None:
                 freeze(a, b.frozen)
-            a.up = b
+            _link(a, b)
+
+
+def _link(a: Axis, b: Axis) -> None:
+    """Let one axis stand for another."""
+    a.up = b
+    if a.picks is not None:
+        b.picks = a.picks if b.picks is None or b.picks[0] == a.picks[0] else ("", b)
 
 
 def _conflict(a: Axis, b: Axis) -> None:
@@ -127,7 +139,7 @@ def _conflict(a: Axis, b: Axis) -> None:
         x = find(x)
         x.kind, x.parts = "atom", ()
     if a.size == b.size and find(a) is not find(b):
-        find(a).up = find(b)
+        _link(find(a), find(b))
 
 
 def _unify_products(a: Axis, b: Axis) -> bool:

@@ -66,7 +66,7 @@ class Discovery:
         self.explained = torch.zeros(null.nullity, 0, dtype=torch.float64)
         self.places = {k: list(v) for k, v in places.items()}
         self.sizes = {k: v[0].index.shape[0] for k, v in self.places.items() if v}
-        self.readers, self.frozen = readers(graph), frozen_norms(graph)
+        self.readers, self.frozen = readers(graph, stacked=True), frozen_norms(graph)
         self.constants = {k: v for k, v in constants.items() if isinstance(v, Tensor)}
         self.found: list[Found] = []
         self.everywhere: dict[str, list[Place]] = {}

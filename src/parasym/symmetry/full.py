@@ -97,7 +97,7 @@ def audit_full_size(
     level: Level = "train" if getattr(model, "training", False) else "function"
     found = _search_twin(small, twin.data, generator, level, tell)
     tell("writing", 0.0)
-    symmetries = _written(out, found, spaces, twin, graph, batches, generator, level, tell)
+    symmetries, lost = _written(out, found, spaces, twin, graph, batches, generator, level, tell)
     symmetries += _dead(graph, symmetries)
     tell("discrete", 0.0)
     discrete, refuted, undecided = discrete_symmetries(small, found.fresh, generator)
@@ -106,7 +106,7 @@ def audit_full_size(
     out.refuted += found.refuted + [_why(r) for r in refuted]
     out.undecided += found.undecided + [_why(r) for r in undecided]
     out.approximate += found.approximate
-    explained = found.explained / found.null.nullity if found.null.nullity else 1.0
+    explained = max(0, found.explained - lost) / found.null.nullity if found.null.nullity else 1.0
     method = f"counted on a twin ({twin.how}): {found.null.nullity} null directions of {found.null.basis.shape[0]} parameters"
     return FullSize(
         symmetries,
@@ -223,19 +223,22 @@ def _written(
     generator: torch.Generator,
     level: Level,
     tell: Progress,
-) -> list[Symmetry]:
+) -> tuple[list[Symmetry], int]:
+    """The twin's families at full size, and how many of the twin's directions have no certified counterpart there."""
     constants = graph.prepare(batches[0]) if batches else {}
     writer = Writer(spaces, found.spaces, twin.names, twin.layer_of, constants)
     judge = Sampled.of(graph, batches[:1]) if batches else None
     before = judge.outputs(graph.params) if judge else None
-    near = readers(spaces.graph)
+    near = readers(spaces.graph, stacked=True)
     symmetries: list[Symmetry] = []
     known: set[Any] = set()
+    lost = sum(s.dim for s in found.symmetries)
     for k, (s, entry) in enumerate(zip(found.symmetries, found.entries, strict=True)):
         tell("writing", k / max(1, len(found.symmetries)))
         if entry is None and (rows := _unread(s, twin, graph)):
             certified = [_certified_rows(s, a, graph, judge, before, generator, level) for a in rows]
             symmetries += [c for c in certified if c is not None]
+            lost -= s.dim if any(certified) else 0
             out.entries += [None for c in certified if c is not None]
             read = [p for a, c in zip(rows, certified, strict=True) if c is None for p in a.entries]
             if read:
@@ -252,31 +255,20 @@ def _written(
             )
             continue
         try:
-            entries = writer.write(entry)
+            entries, actions, residual = _best_way(writer, entry, s, known, twin, graph, judge, before, generator)
         except WritingError as error:
             out.undecided.append({"name": s.name, "why": f"not written at full size: {error}", "parameters": [], "dim": s.dim})
             continue
-        # between equal layers one family of the twin may be written where another has been already
-        entries = [e for e in entries if (key := _same(e)) not in known and not known.add(key)]  # type: ignore[func-returns-value]
-        if not entries:
-            continue
-        actions = [action_of(e, graph.params) for e in entries]
-        if judge is None or before is None:
-            residual = s.residual if _acted(s.action, twin.graph.params, [_element(s.action.dim, entry.size, generator)]) else None
-        else:
-            residual = _joint_residual(actions, judge, before, graph.params, generator)
+        where = [p for e in entries for p in e.parameters]
         if residual is None:
-            out.undecided.append({"name": s.name, "why": _STILL, "parameters": [p for e in entries for p in e.parameters], "dim": s.dim})
+            out.undecided.append({"name": s.name, "why": _STILL, "parameters": where, "dim": s.dim})
             continue
         if residual > ACCEPT:
-            out.refuted.append(
-                {
-                    "name": s.name,
-                    "why": f"holds on the twin, but a finite element changes the full model's outputs by {residual:.1e}",
-                    "parameters": [p for e in entries for p in e.parameters],
-                }
-            )
+            why = f"holds on the twin, but a finite element changes the full model's outputs by {residual:.1e}"
+            out.refuted.append({"name": s.name, "why": why, "parameters": where})
             continue
+        lost -= s.dim
+        known.update(map(_same, entries))
         note = "certified on the full model by a finite element" if judge else "certificate of the twin"
         for e, action in zip(entries, actions, strict=True):
             dim = _dim(action, entry, s.dim)
@@ -298,7 +290,35 @@ def _written(
             )  # type: ignore[arg-type]
             out.entries.append(e)
     out.symmetries = symmetries
-    return symmetries
+    return symmetries, lost
+
+
+def _best_way(
+    writer: Writer,
+    entry: Entry,
+    s: Symmetry,
+    known: set[Any],
+    twin: Twin,
+    graph: Graph,
+    judge: Sampled | None,
+    before: Tensor | None,
+    generator: torch.Generator,
+) -> tuple[list[Entry], list[DictionaryAction], float | None]:
+    """A family at full size in the first way that its certificate accepts, or else in the first way; with its residual."""
+    tried: list[tuple[list[Entry], list[DictionaryAction], float | None]] = []
+    for way in writer.ways(entry):
+        # between equal layers one family of the twin may be written where another has been already
+        entries = list({key: e for e in way if (key := _same(e)) not in known}.values())
+        actions = [action_of(e, graph.params) for e in entries]
+        residual: float | None = 0.0  # nothing left to write
+        if entries and judge is not None and before is not None:
+            residual = _joint_residual(actions, judge, before, graph.params, generator)
+        elif entries:
+            residual = s.residual if _acted(s.action, twin.graph.params, [_element(s.action.dim, entry.size, generator)]) else None
+        tried.append((entries, actions, residual))
+        if residual is not None and residual <= ACCEPT:
+            return tried[-1]
+    return tried[0]
 
 
 def _same(entry: Entry) -> Any:

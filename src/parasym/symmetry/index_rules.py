@@ -357,12 +357,31 @@ def _arg_extreme(w: Walk, n: Node, a: Mapping[str, Any]) -> Axes:
 def _sorted(w: Walk, n: Node, a: Mapping[str, Any]) -> Any:
     x = w.axes[a["self"].name]
     dim = _dim(a.get("dim", -1), len(x))
-    if any(u.args[1] == 1 and u.users for u in n.users):
-        freeze(x[dim], f"its indices are read ({operator_name(n)})")
+    for u in n.users:
+        if u.args[1] == 1 and u.users:
+            if _only_picks(u):
+                w.picking[u.name] = x[dim]
+            else:
+                freeze(x[dim], f"its indices are read ({operator_name(n)})")
     ranked = Axis(int(a.get("k", x[dim].size)), "order of a sort")
     w.hidden.append([*x[:dim], *x[dim + 1 :]])
     out = [*x[:dim], ranked, *x[dim + 1 :]]
     return [out, list(out)]
+
+
+_MOVED = ("reshape", "view", "_unsafe_view", "alias", "clone", "contiguous", "flatten", "detach", "to", "_to_copy")
+
+
+def _only_picks(n: Node) -> bool:
+    """Whether a tensor of indices does nothing but pick from axes of other tensors."""
+    return all(_only_picks(u) if operator_name(u) in _MOVED else operator_name(u) == "index" and u.args[0] is not n for u in n.users)
+
+
+def _picked(w: Walk, n: Node) -> Axis | None:
+    """The axis whose indices a tensor holds, where it was found by a sort along it."""
+    while operator_name(n) in _MOVED:
+        n = n.all_input_nodes[0]
+    return w.picking.get(n.name)
 
 
 @_rule("softmax", "_softmax", "log_softmax", "_log_softmax", "softmin")
@@ -706,9 +725,15 @@ def _index(w: Walk, n: Node, a: Mapping[str, Any]) -> Axes | None:
     picked = [i for i, t in enumerate(indices) if t is not None]
     if any(indices[i].meta["val"].dtype in (torch.bool, torch.uint8) for i in picked):
         return None
-    for i in picked:
-        freeze(x[i], "picked by index")
+    sources = [_picked(w, indices[i]) for i in picked]
+    for i, source in zip(picked, sources, strict=True):
+        if source is None or source.size != x[i].size:
+            freeze(x[i], "picked by index")
+        else:
+            unify(x[i], source)
     found = [Axis(i.size, "picked by index") for i in _broadcast([w.axes[indices[i].name] for i in picked])]
+    if len(picked) == len(found) == 1:
+        found[0].picks = (indices[picked[0]].name, x[picked[0]])
     adjacent = picked == list(range(picked[0], picked[-1] + 1))
     rest = [axis for i, axis in enumerate(x) if i not in picked]
     at = picked[0] if adjacent else 0

@@ -33,6 +33,7 @@ _MOVES = {
     aten.unflatten.int,
     aten.expand.default,
     aten._unsafe_view.default,
+    aten.repeat_interleave.self_int,
 }
 _MULTIPLY: set[Any] = {aten.mul.Tensor}
 _ADD: set[Any] = {aten.add.Tensor}
@@ -58,11 +59,14 @@ class Reader:
     bias: str | None
 
 
-def readers(graph: Graph) -> list[Reader]:
-    """All products whose weight is a parameter, possibly transposed."""
+def readers(graph: Graph, stacked: bool = False) -> list[Reader]:
+    """All products whose weight is a parameter, possibly transposed; with ``stacked`` also products of slices of a parameter, one
+    for each sample, such as the expert picked for a token."""
     out = []
-    for n in graph.parameter_ops():
-        found = _product(graph, n)
+    for n in graph.nodes:
+        found = _product(graph, n) if graph.kind.get(n.name) == "active" else None
+        if stacked and found is None and n.target is aten.bmm.default:
+            found = _slices(graph, n.args[0], n.args[1], [1, 2]) or _slices(graph, n.args[1], n.args[0], [2, 1])
         if found is None:
             continue
         x, weight, in_axis, out_axis = found
@@ -84,6 +88,9 @@ def _raw(graph: Graph, n: Node, axes: list[int]) -> tuple[str, list[int]] | None
         elif n.target is aten.permute.default:
             order = [int(d) % len(n.args[1]) for d in n.args[1]]  # type: ignore[union-attr, arg-type]
             axes = [order[a] for a in axes]
+        elif n.target is aten.index.Tensor:  # whole slices of the parameter, one picked for each sample
+            if n.args[1][0] is None or len(n.args[1]) > 1 or len(n.args[1][0].meta["val"].shape) != 1:  # type: ignore[index, arg-type, union-attr]
+                return None
         elif n.target not in (aten.alias.default, aten.clone.default, aten.to.dtype, aten.detach.default):
             return None
         if not isinstance(n.args[0], Node):
@@ -116,6 +123,11 @@ def _product(graph: Graph, n: Node) -> tuple[Node, str, int, int] | None:
         return None
     if not isinstance(x, Node) or not isinstance(w, Node) or kind.get(w.name) != "param":
         return None
+    raw = _raw(graph, w, axes)
+    return (x, raw[0], raw[1][0], raw[1][1]) if raw is not None else None
+
+
+def _slices(graph: Graph, x: Any, w: Any, axes: list[int]) -> tuple[Node, str, int, int] | None:
     raw = _raw(graph, w, axes)
     return (x, raw[0], raw[1][0], raw[1][1]) if raw is not None else None
 

@@ -213,7 +213,7 @@ def _certify_entry(
         certificate, radius = certify_local(found.action, judge, out.graph.params, generator)
     entry = found.entry
     parameters = tuple(found.action.entries) if hasattr(found.action, "entries") and not entry.terms else entry.parameters
-    name = name_of(entry, readers(out.graph))
+    name = name_of(entry, readers(out.graph, stacked=True))
     if not certificate.accepted:
         _reject(out, name, parameters, found.new, certificate, here.tangent_error(found.action))
         return False

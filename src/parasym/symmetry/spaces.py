@@ -166,6 +166,7 @@ class Walk:
         self.graph = graph
         self.spaces = Spaces(graph, {})
         self.hidden: list[Axes] = []  # statistics inside an operator: tensors without the reduced axes
+        self.picking: dict[str, Axis] = {}  # tensors of indices, by the axis they were found along
         self.shared: dict[str, Axes] = {}
         self.carried: set[str] = set()
         self.alive = {n.name: n for n in graph.nodes}
@@ -332,11 +333,11 @@ def _jointly_invariant(value: Tensor, group: Sequence[int]) -> bool:
 
 
 def _parents(tensors: Sequence[Sequence[Axis]]) -> dict[int, frozenset[int]]:
-    """For each atom the atoms found in every tensor (block by block) that carries it."""
+    """For each atom the atoms found in every tensor (block by block) that carries it, or by which its entries were picked."""
     out: dict[int, frozenset[int]] = {}
     for tensor in tensors:
         blocks = [[frozenset(m.atoms) for m in ax.monomials(a)] or [frozenset()] for a in tensor if a.size != 1]
-        common = [frozenset.intersection(*b) for b in blocks]
+        common = [frozenset.intersection(*b) | _picking(a) for b, a in zip(blocks, (a for a in tensor if a.size != 1), strict=True)]
         for i, axis_blocks in enumerate(blocks):
             elsewhere = frozenset().union(*common[:i], *common[i + 1 :])
             for atoms in axis_blocks:
@@ -344,6 +345,12 @@ def _parents(tensors: Sequence[Sequence[Axis]]) -> dict[int, frozenset[int]]:
                     seen = atoms | elsewhere
                     out[atom] = out[atom] & seen if atom in out else seen
     return out
+
+
+def _picking(a: Axis) -> frozenset[int]:
+    """Atoms of the axis that the entries of an axis were picked from."""
+    picks = find(a).picks
+    return frozenset(leaf.number for leaf in ax.leaves(picks[1])) if picks and picks[0] and find(picks[1]).kind == "atom" else frozenset()
 
 
 def _flat(found: Any) -> list[Axis]:

@@ -218,37 +218,44 @@ class Together:
     graph: Graph
     envs: list[dict[str, Any]]
 
+    def values(self, params: Mapping[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
+        """Values of nodes that have a batch axis, all batches along it."""
+        if len(self.envs) > 1:
+            try:
+                return [v.flatten(0, 1) for v in self._stacked(lambda env: self.graph.replay(params, env, wanted))]
+            except RuntimeError:  # an operator without a batching rule
+                pass
+        return [torch.cat(each) for each in zip(*(self.graph.replay(params, env, wanted) for env in self.envs), strict=True)]
+
     def outputs(self, params: Mapping[str, Tensor]) -> Tensor:
         """All outputs of all batches, in order."""
         if len(self.envs) > 1:
             try:
-                return self._stacked(params, lambda p, outputs: outputs(p)).reshape(-1)
-            except RuntimeError:  # an operator without a batching rule
+                return self._stacked(lambda env: self._output(params, env)).reshape(-1)  # type: ignore[no-any-return]
+            except RuntimeError:
                 pass
-        return torch.cat([o.reshape(-1) for env in self.envs for o in self.graph.replay(params, env)])
+        return torch.cat([self._output(params, env) for env in self.envs])
 
     def jacobian(self, params: Mapping[str, Tensor], flat: Flat, names: Sequence[str] | None = None) -> Tensor:
         """(outputs of all batches, k): see :func:`jacobian`."""
         if len(self.envs) > 1:
             names = list(flat.shapes) if names is None else list(names)
             with math_attention(), torch.inference_mode(False), torch.enable_grad():
-                values = _recordable(params)
-                leaves = {n: values[n].detach() for n in names}
+                fixed = _recordable(params)
+                leaves = {n: fixed[n].detach() for n in names}
                 try:
-                    found = self._stacked(values, lambda p, outputs: torch.func.jacrev(lambda q: outputs({**p, **q}))(leaves))
+                    found = self._stacked(lambda env: torch.func.jacrev(lambda q: self._output({**fixed, **q}, env))(leaves))
                     return torch.cat([found[n].detach().flatten(0, 1).flatten(1) for n in names], 1)
-                except RuntimeError:  # an operator without a batching rule
+                except RuntimeError:
                     pass
         return torch.cat([jacobian(self.graph, params, env, flat, names) for env in self.envs])
 
-    def _stacked(self, params: Mapping[str, Tensor], of: Callable[[Mapping[str, Tensor], Callable[..., Tensor]], Any]) -> Any:
+    def _output(self, params: Mapping[str, Tensor], env: Mapping[str, Any]) -> Tensor:
+        return torch.cat([o.reshape(-1) for o in self.graph.replay(params, env)])
+
+    def _stacked(self, of: Callable[[dict[str, Any]], Any]) -> Any:
         first, moving, stacks = self._stack
-
-        def one(data: tuple[Tensor, ...]) -> Any:
-            env = {**first, **dict(zip(moving, data, strict=True))}
-            return of(params, lambda p: torch.cat([o.reshape(-1) for o in self.graph.replay(p, env)]))
-
-        return torch.func.vmap(one)(stacks)
+        return torch.func.vmap(lambda data: of({**first, **dict(zip(moving, data, strict=True))}))(stacks)
 
     @cached_property
     def _stack(self) -> tuple[dict[str, Any], list[str], tuple[Tensor, ...]]:

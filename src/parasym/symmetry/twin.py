@@ -34,6 +34,7 @@ from parasym.core.samples import draw, flatten, token_ranges
 from parasym.symmetry.generic import _units, generic_draw
 from parasym.symmetry.shrink import Layers, draw_inputs, resized, truncate
 from parasym.symmetry.spaces import Spaces, find_spaces, live_nodes
+from parasym.symmetry.tangent import Together
 
 log = logging.getLogger("parasym")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -276,6 +277,7 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_atte
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
 _HEAD_DIM = ("head_dim", "d_kv", "kv_channels", "attention_head_size")
 _POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx", "max_source_positions", "max_target_positions", "max_seq_len")
+_EXPERT_INNER = 3  # few units: there are several experts in a layer, and two layers tell more than one
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _DROP = (
     "stage_names", "out_features", "out_indices", "quantization_config", "torch_dtype", "dtype", "id2label", "label2id", "architectures",
@@ -420,7 +422,8 @@ class _Maker:
         for n in _WIDTH:
             if isinstance(self.full.get(n), int):
                 new[n] = sizes.width if self.full[n] == full_width or n == "hidden_size" else max(2, sizes.width - 1)
-        new |= {n: sizes.inner for n in _INNER if n in self.full and (self.full[n] is None or isinstance(self.full[n], int))}
+        inner = _EXPERT_INNER if any(n in self.full for n in _EXPERTS) else sizes.inner
+        new |= {n: inner for n in _INNER if n in self.full and (self.full[n] is None or isinstance(self.full[n], int))}
         new |= self._kv_fields(sizes) | self._token_fields(sizes) | self._image_fields(sizes) | self._rotary_fields(sizes)
         if sizes.heads == 4 and "head_dim" not in new and sizes.width != sizes.heads * sizes.head_dim:
             new["head_dim"] = sizes.head_dim
@@ -788,11 +791,12 @@ def _awake(graph: Graph, spaces: Spaces, params: dict[str, Tensor], data: Sequen
     generator = torch.Generator().manual_seed(6)
     more = max(2, _AWAKE_SAMPLES // max(1, data[0].shape[0] if data[0].dim() else 1))
     envs = [graph.prepare(b) for b in (list(data), *(draw(graph, list(data), generator, wide=True) for _ in range(more)))]
+    together = Together(graph, envs)
     moved = {n: p.clone().requires_grad_(n in vectors) for n, p in params.items()}
     optimizer = torch.optim.Adam([moved[n] for n in vectors], lr=0.03)
     for _ in range(_AWAKE_STEPS):
-        seen = zip(*(graph.replay(moved, env, list(units)) for env in envs), strict=True)
-        far = [_one_sided(torch.cat(found), free) for found, free in zip(seen, units.values(), strict=True)]
+        seen = together.values(moved, list(units))
+        far = [_one_sided(found, free) for found, free in zip(seen, units.values(), strict=True)]
         loss = torch.cat(far).square().sum()
         if not bool(loss > 0) or not loss.requires_grad:
             break

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -43,8 +44,17 @@ class Writer:
             if f in full.graph.params:
                 self.preimages.setdefault(t, []).append(f)
         self.by_base = {(base_of(f, layer_of(f)), layer_of(f)): f for f in full.graph.params}
-        self.readers = {(r.weight, r.in_axis): r for r in readers(full.graph)}
+        self.readers = {(r.weight, r.in_axis): r for r in readers(full.graph, stacked=True)}
         self.frozen = {f.offset: f for f in frozen_norms(full.graph)}
+
+    def ways(self, entry: Entry) -> Iterator[list[Entry]]:
+        """What `write` says; after it, where a twin of one layer leaves it open, the same through all layers at once."""
+        yield self.write(entry)
+        layers = {self._twin_layer(p) for p in _involved(entry)}
+        inner = sorted(layer for layer in layers if layer)
+        if len(inner) == 1 and () in layers and not self._many(inner[0]):
+            with suppress(WritingError):
+                yield self._by_space(entry, _involved(entry))
 
     def write(self, entry: Entry) -> list[Entry]:
         """All counterparts of an entry.
