@@ -89,6 +89,12 @@ class Edit:
         if self.applied:
             raise InputError(f"This {self.method} edit is applied already: undo() or bake() it first.")
         view = functional(self.model)
+        reshaped = [n for n, v in self.after.items() if v.shape != self._before[n].shape]
+        if reshaped and type(self.model).__name__ == "DistributedDataParallel":
+            raise InputError(
+                f"This {self.method} edit gives {reshaped[0]!r} another shape, and DDP would still reduce the gradients of the old tensor: "
+                "edit the plain model (ddp.module), then wrap it in DDP anew."
+            )
         changed = [n for n, v in self._before.items() if not torch.equal(_tensor(view, n), v)]
         if changed:
             raise InputError(f"{changed[0]!r} has changed since this {self.method} edit was planned: plan it again on the weights of now.")

@@ -29,6 +29,7 @@ from parasym.symmetry.discrete_actions import Joint, Permutations, Signs, unit_v
 from parasym.symmetry.symmetry import Params, Symmetry
 
 _ROUNDS = 100  # of coordinate descent over index spaces
+_SIZES = (0.03, 0.1)  # of the steps of what is matched to, in its own norm
 
 
 @dataclass
@@ -41,7 +42,9 @@ class Agreement(Objective):
         continuous: use rotations, rescalings and shifts too; False leaves permutations and signs.
         iterations: of the last descent.
         loss_fn, data: where given, candidates (each restart, before and after the continuous moves) are judged by the loss midway between
-            the two networks instead of their distance.
+            the two networks instead of their distance, and the matching learns from its gradient (git-re-basin, section 3.3: what is
+            matched to is moved down the gradient of the loss midway, and matched to again).
+        lessons: of such steps, for each of two sizes.
     """
 
     reference: nn.Module | Mapping[str, Tensor]
@@ -50,6 +53,7 @@ class Agreement(Objective):
     iterations: int = 100
     loss_fn: gradients.LossFn | None = None
     data: Any = None
+    lessons: int = 15
     name = "agreement"
 
     def value(self, problem: Problem, params: Params) -> float:
@@ -88,6 +92,19 @@ class Agreement(Objective):
         target = self.target(problem)
         problem.orbit = problem.orbit.only(lambda s: not _statistics(s))
         start = {**problem.buffers, **problem.params}
+        best: tuple[float, list[Move]] = (self._judge(problem, start, target), [])
+        for moves, closer in self._matched(problem, start, target):
+            candidates = [moves]
+            if closer:
+                candidates.append([*moves, *self._closer(problem, apply(moves, start), target)])
+            for tried in candidates:
+                value = self._judge(problem, apply(tried, start), target)
+                if value < best[0]:
+                    best = value, tried
+        return Solution(best[1], "ok", "", {"restarts": self.restarts})
+
+    def _matched(self, problem: Problem, start: Point, target: Point) -> Iterator[tuple[list[Move], bool]]:
+        """Moves that match units, and whether the continuous ones may follow."""
         pairs = two_sided(problem.orbit.families) if self.continuous else []
         ours, theirs = balanced(pairs, start), balanced(pairs, target)
         weights = {n: target[n] for n in problem.params}  # running statistics go along, and say nothing about who is who
@@ -96,21 +113,35 @@ class Agreement(Objective):
             (ours, Matcher(problem.orbit, {n: gauged[n] for n in weights}, self.continuous)),
             ([], Matcher(problem.orbit, weights, False)),
         ]
+        plain = replace(problem.orbit, discrete=tuple(_unsigned(problem.orbit)))
         if self.data is not None:
-            aims.append(([], Matcher(replace(problem.orbit, discrete=tuple(_unsigned(problem.orbit))), weights, False)))
-        best: tuple[float, list[Move]] = (self._judge(problem, start, target), [])
+            aims.append(([], Matcher(plain, weights, False)))
         for attempt in range(max(1, self.restarts)):
             problem.tell(attempt / self.restarts)
             for first, aim in aims:
-                moves = [*first, *aim.match(apply(first, start), problem.generator)]
-                candidates = [moves]
-                if self.continuous and first:
-                    candidates.append([*moves, *self._closer(problem, apply(moves, start), target)])
-                for tried in candidates:
-                    value = self._judge(problem, apply(tried, start), target)
-                    if value < best[0]:
-                        best = value, tried
-        return Solution(best[1], "ok", "", {"restarts": self.restarts})
+                yield [*first, *aim.match(apply(first, start), problem.generator)], bool(first)
+        if self.data is not None:
+            for size in _SIZES:
+                yield self._learned(problem, plain, start, weights, size), bool(pairs)
+
+    def _learned(self, problem: Problem, orbit: Orbit, start: Point, target: Point, size: float) -> list[Move]:
+        """The best of the permutations met while what is matched to goes down the gradient of the loss midway.
+
+        Each step moves every tensor by ``size`` of its norm.
+        """
+        aim, best = dict(target), (math.inf, list[Move]())
+        for _ in range(self.lessons):
+            moves = Matcher(orbit, aim, False).match(start, problem.generator)
+            point = apply(moves, start)
+            objective, found = middle(problem, point, target, self.loss_fn, self.data)
+            leaves = {n: p.detach().requires_grad_() for n, p in objective.params.items() if n in aim}
+            value = torch.stack([share * objective({**objective.params, **leaves}, b) for b, share in found]).sum()
+            if float(value.detach()) < best[0]:
+                best = float(value.detach()), moves
+            slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            for n, g in zip(leaves, slopes, strict=True):
+                aim[n] = aim[n] - size * target[n].norm() / g.norm().clamp_min(1e-300) * g
+        return best[1]
 
     def _judge(self, problem: Problem, point: Params, target: Params) -> float:
         if self.data is None:
@@ -142,13 +173,19 @@ class Agreement(Objective):
 
 def midway(problem: Problem, point: Params, target: Params, loss_fn: gradients.LossFn | None, data: Any) -> float:
     """The loss of the mean of two networks, on all batches."""
-    mean = {n: (point[n] + target[n]) / 2 for n in problem.params}
-    twin, found = problem.at(mean), list(gradients.batches(data))
-    _fresh_statistics(twin, [b[0] if loss_fn is not None else b for b in found])
-    objective = gradients.Objective(twin, loss_fn, dtype=torch.float64)
-    sizes = [gradients.batch_size(b) for b in found]
+    objective, found = middle(problem, point, target, loss_fn, data)
     with torch.no_grad():
-        return sum(n * float(objective(objective.params, b)) for b, n in zip(found, sizes, strict=True)) / sum(sizes)
+        return sum(share * float(objective(objective.params, b)) for b, share in found)
+
+
+def middle(
+    problem: Problem, point: Params, target: Params, loss_fn: gradients.LossFn | None, data: Any
+) -> tuple[gradients.Objective, list[tuple[Any, float]]]:
+    """The mean of two networks with a loss, and the batches with their shares of all samples."""
+    twin, found = problem.at({n: (point[n] + target[n]) / 2 for n in problem.params}), list(gradients.batches(data))
+    _fresh_statistics(twin, [b[0] if loss_fn is not None else b for b in found])
+    sizes = [gradients.batch_size(b) for b in found]
+    return gradients.Objective(twin, loss_fn, dtype=torch.float64), [(b, n / sum(sizes)) for b, n in zip(found, sizes, strict=True)]
 
 
 def _fresh_statistics(model: nn.Module, inputs: Sequence[Any]) -> None:
