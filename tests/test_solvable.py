@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -669,6 +671,50 @@ def test_unstable_settings_are_not_compared_as_if_they_were_sound() -> None:
     assert unstable.predict("stationary").status == "not_applicable"
     assert LabelNoiseRegression((1.0,), 1.9, 1, 1.0).predict("stationary").status == "not_applicable"
     assert TwoLayerOrigin(Discrete((1.0, -2.0)), 3.0).predict("fate").status == "not_applicable"
+
+
+NAN, COLLINEAR = math.nan, tuple((a, b, a) for a, b, _ in ROWS)
+TARGETS = tuple(LABELS.tolist())
+ILL: list[tuple[str, Any, str]] = [  # what, the answer of the model, words of the error (or of the note, with "not applicable")
+    ("curvature, rate NaN", lambda: RandomCurvature(Normal(-0.1, 1.0), NAN), "lr must be"),
+    ("curvature, no batch", lambda: RandomCurvature(Normal(-0.1, 1.0), 0.1, 0), "batch must be"),
+    ("curvature, law NaN", lambda: RandomCurvature(Normal(NAN, 1.0), 0.1).predict("exponent"), "finite"),
+    ("origin, rate NaN", lambda: TwoLayerOrigin(Discrete((1.0, -0.8)), NAN), "lr must be"),
+    ("origin, unstable", lambda: TwoLayerOrigin(Discrete((1.0, -2.0)), 3.0).predict("fate"), "not applicable: phase IV"),
+    ("maximum, rate NaN", lambda: LocalMaximum(1.5, 1.6, NAN), "lr must be"),
+    ("maximum, curvature NaN", lambda: LocalMaximum(NAN, 1.6, 0.5), "local maximum"),
+    ("quadratic, unstable", lambda: QuadraticSGD(((1.0,),), ((1.0,),), 2.5).predict("stationary"), "not applicable: unstable"),
+    ("quadratic, flat", lambda: QuadraticSGD(((1.0, 0.0), (0.0, 0.0)), ((1.0, 0.0), (0.0, 1.0)), 0.5).predict("excess_loss"),
+     "not applicable: .*diffuses"),
+    ("quadratic, NaN", lambda: QuadraticSGD(((NAN,),), ((1.0,),), 0.5).predict("stationary"), "finite"),
+    ("quadratic, noise NaN", lambda: QuadraticSGD(((1.0,),), ((NAN,),), 0.5).predict("stationary"), "finite"),
+    ("quadratic, sizes", lambda: QuadraticSGD(((1.0,),), ((1.0, 0.0), (0.0, 1.0)), 0.5).predict("stationary"), "differ in size"),
+    ("label noise, unstable", lambda: LabelNoiseRegression((1.0,), 1.9, 1, 1.0).predict("stationary"), "not applicable: unstable"),
+    ("label noise, singular", lambda: LabelNoiseRegression((1.0, 0.0), 0.5, 2, 1.0).predict("stationary"), "must be positive"),
+    ("label noise, NaN", lambda: LabelNoiseRegression((1.0,), 0.5, 2, NAN), "sigma must be"),
+    ("label noise, no inputs", lambda: LabelNoiseRegression((), 0.5, 2, 1.0), "at least one input"),
+    ("data, unstable", lambda: DataRegression(ROWS, TARGETS, 9.0, 6).predict("stationary"), "not applicable: .*unstable"),
+    ("data, collinear", lambda: DataRegression(COLLINEAR, TARGETS, 0.3, 6).predict("stationary"), "not applicable: .*singular"),
+    ("data, NaN", lambda: DataRegression(ROWS, (NAN, *TARGETS[1:]), 0.3, 6).predict("stationary"), "finite"),
+    ("data, batch", lambda: DataRegression(ROWS, TARGETS, 0.3, 60, "subset").predict("stationary"), "cannot be drawn"),
+    ("log loss, level NaN", lambda: LogLossSDE(3, NAN, 0.25).predict("passage"), "must exceed 1"),
+    ("log loss, temperature", lambda: LogLossSDE(3, 2.0, -1.0).predict("passage"), "temperature"),
+    ("log loss, dimension", lambda: LogLossSDE(0, 2.0, 0.25).predict("passage"), "dim"),
+    ("adaptive, no step", lambda: AdaptiveStep(0).predict("moments"), "positive integer"),
+    ("adaptive, beta2 NaN", lambda: AdaptiveStep(5, NAN).predict("moments"), "beta2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "words"), [row[1:] for row in ILL], ids=[row[0] for row in ILL])
+def test_every_model_refuses_or_names_what_it_cannot_answer(call: Any, words: str) -> None:
+    status, _, note = words.partition("not applicable: ")
+    if status:
+        with pytest.raises(InputError, match=words):
+            call()
+    else:
+        found = call()
+        assert found.status == "not_applicable"
+        assert all(re.search(note, value.note) and value.value is None for value in found.values.values())
 
 
 def test_a_comparison_keeps_wrong_and_unconverged_apart() -> None:

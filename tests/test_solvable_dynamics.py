@@ -116,6 +116,18 @@ def test_the_end_is_a_minimum(name: str) -> None:
         (lambda: solve(normal(3, 3), normal(3, 3), torch.eye(3), [1.0]), "not lambda-balanced"),
         (lambda: OneDLinearNet(0, 1.0, 1.0), "width"),
         (lambda: OneDLinearNet(3, 1.0, 1.0, points=1), "points"),
+        (lambda: LambdaBalancedNet(3, 3, 3, 1.0, noise=math.nan), "finite lambda and noise"),
+        (lambda: LambdaBalancedNet(3, 3, 3, 1.0, scale=math.nan), "scale"),
+        (lambda: LambdaBalancedNet(3, 0, 3, 1.0), "hidden"),
+        (lambda: OneDLinearNet(3, math.nan, 1.0), "sigma_u"),
+        (lambda: OneDLinearNet(3, 1.0, 1.0, slope=math.nan).predict("final"), "E a y must be finite"),
+        (lambda: OneDLinearNet(3, 1.0, 1.0, eta_u=-1.0).predict("final"), "eta_u"),
+        (lambda: MinimalRich(0, 1.0), "dim"),
+        (lambda: MinimalRich(3, 1.0, target=math.nan), "target"),
+        (lambda: MinimalRich(3, 1.0, horizon=-1.0), "horizon"),
+        (lambda: LinearBarlowTwins((1.0, math.nan), 1), "finite and decreasing"),
+        (lambda: LinearBarlowTwins((1.0, 0.5), 1, scale=math.nan), "scale"),
+        (lambda: TwoBalls(margin=math.nan), "margin"),
         (lambda: LineFlow(torch.ones(2), torch.ones(3), 1.0, 1.0), "one shape"),
         (lambda: LineFlow(torch.ones(2) * math.nan, torch.ones(2), 1.0, 1.0), "finite"),
         (lambda: MinimalRich(3, math.inf), "delta"),
@@ -409,6 +421,8 @@ def test_merged_steps_are_not_claimed_and_separation_is_reported() -> None:
     assert said.status == "not_applicable" and "separation" in said.values["step times"].note and said.condition["1 / separation"] > 0.3
     tied = LinearBarlowTwins((1.0, 1.0, 0.2), 2)
     assert tied.predict("trajectory").status == "not_applicable" and tied.compare("final").ok
+    large = LinearBarlowTwins((1.0, 0.5), 1, scale=2.0)  # a start that is not small
+    assert large.predict("final").status == "not_applicable" and "separation" in large.predict("final").values["gram"].note
     assert LinearBarlowTwins((1.0, 0.5, -0.5), 3).predict("final").values["loss"].value == 1.0
     assert float(half_times(torch.arange(3.0), torch.zeros(3, 1))[0]) == math.inf
 

@@ -239,8 +239,10 @@ class LambdaBalancedNet(Model):
 
     def __post_init__(self) -> None:
         positive(inputs=self.inputs, hidden=self.hidden, outputs=self.outputs, scale=self.scale, horizon=self.horizon)
-        if not math.isfinite(self.lam) or self.points < 2 or self.samples < self.inputs:
-            raise InputError("Give a finite lambda, at least 2 points, and at least as many samples as inputs (they are whitened).")
+        if not (math.isfinite(self.lam) and math.isfinite(self.noise)) or self.points < 2 or self.samples < self.inputs:
+            raise InputError(
+                "Give a finite lambda and noise, at least 2 points, and at least as many samples as inputs (they are whitened)."
+            )
         self.init()  # refuses impossible widths
 
     def full(self) -> Mapping[str, Tensor]:

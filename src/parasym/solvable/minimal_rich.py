@@ -244,6 +244,7 @@ class MinimalRich(Model):
 
     def __post_init__(self) -> None:
         positive(dim=self.dim, start=self.start, target=self.target, eta_a=self.eta_a, eta_w=self.eta_w, samples=self.samples)
+        positive(horizon=self.horizon)
         if not math.isfinite(self.delta) or self.points < 2:
             raise InputError(f"delta must be finite and points >= 2, got {self.delta!r} and {self.points!r}")
         self.full()  # drawn here, outside any transform

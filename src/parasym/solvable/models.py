@@ -34,7 +34,7 @@ from parasym.simulate import (
 )
 from parasym.solvable import adaptive, escape, stationary
 from parasym.solvable import regression as linear
-from parasym.solvable.contract import Model, NotSolvable, Prediction, absent, number
+from parasym.solvable.contract import Model, NotSolvable, Prediction, absent, number, positive
 from parasym.solvable.factors import Law, exponent, phase, small_rate_exponent, two_layer_exponents
 from parasym.solvable.langevin import Underdamped
 
@@ -62,6 +62,9 @@ class RandomCurvature(Model):
     batch: int = 1
     slug: ClassVar[str] = "probabilistic-stability"
     kinds: ClassVar[tuple[str, ...]] = ("exponent",)
+
+    def __post_init__(self) -> None:
+        positive(lr=self.lr, batch=self.batch)
 
     def loss(self, theta: torch.Tensor) -> torch.Tensor:
         """E h theta^2 / 2."""
@@ -98,6 +101,9 @@ class TwoLayerOrigin(Model):
     batch: int = 1
     slug: ClassVar[str] = "probabilistic-stability"
     kinds: ClassVar[tuple[str, ...]] = ("exponents", "fate")
+
+    def __post_init__(self) -> None:
+        positive(lr=self.lr, batch=self.batch)
 
     @property
     def phase(self) -> str:
@@ -163,6 +169,7 @@ class LocalMaximum(Model):
     def __post_init__(self) -> None:
         if not self.c > self.b > 0:
             raise InputError(f"the origin is a local maximum only for c > b > 0, got b = {self.b}, c = {self.c}")
+        positive(lr=self.lr)
 
     @property
     def rate(self) -> float:
@@ -259,6 +266,11 @@ class LabelNoiseRegression(Model):
     momentum: float = 0.0
     slug: ClassVar[str] = "minibatch-noise-strength"
     kinds: ClassVar[tuple[str, ...]] = ("stationary",)
+
+    def __post_init__(self) -> None:
+        positive(lr=self.lr, batch=self.batch, sigma=self.sigma)
+        if not self.a:
+            raise InputError("a regression needs at least one input: the eigenvalues of A are empty")
 
     def loss(self, theta: torch.Tensor) -> torch.Tensor:
         """(w^T A w + sigma^2) / 2."""
