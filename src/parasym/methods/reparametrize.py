@@ -21,7 +21,7 @@ from parasym.core.errors import InputError
 from parasym.core.functional import functional
 from parasym.core.results import Estimate, plain
 from parasym.methods.decay import decay_of
-from parasym.methods.state import laws_of
+from parasym.methods.state import laws_of, refuse_unknown
 
 Place = tuple[nn.Module, str]
 
@@ -106,15 +106,17 @@ class Reparametrization:
         """Whether the model is parametrised now."""
         return self._taken is not None
 
-    def apply(self, optimizer: Optimizer | None = None) -> Self:
+    def apply(self, optimizer: Optimizer | None = None, *, unknown: str = "error") -> Self:
         """Put the parametrisation in; the weights, and so the function, stay what they are to rounding.
 
         Args:
             optimizer: the optimiser that trains the model, if there is one already: the new tensors take the place of the old ones
                 in it, in groups of the right weight decay, and its state is carried over by the chain rule where it can be.
+            unknown: what to do with the state of an optimiser of unknown class: "error" or "reset".
 
         Raises:
-            InputError: applied already; the model has been parametrised since; a scheduler counts the optimiser's groups.
+            InputError: applied already; the model has been parametrised since; a scheduler counts the optimiser's groups; the optimiser
+                has a state of unknown meaning.
         """
         if self.applied:
             raise InputError(f"This {self.method} reparametrisation is applied already: undo() or bake() it first.")
@@ -126,6 +128,8 @@ class Reparametrization:
                 f"A learning-rate scheduler counts the groups of this {type(optimizer).__name__}, and {self.method} adds groups: "
                 "apply it first, then make the scheduler."
             )
+        if optimizer is not None and unknown != "reset":
+            refuse_unknown(optimizer, {n: p for n, p in self.model.named_parameters() if n in self.lifts})
         self._taken = _Taken.install(self, optimizer)
         self.certificate = self._taken.certificate
         return self

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -103,14 +103,8 @@ def move_state(optimizer: Optimizer, named: Mapping[str, Tensor], transport: Tra
     states = {n: optimizer.state[p] for n, p in named.items() if optimizer.state.get(p)}
     if not states:
         return Moved()
-    like = {n: {k for k, v in s.items() if isinstance(v, Tensor) and v.shape == named[n].shape and v.dim()} for n, s in states.items()}
-    strange = sorted({k for n in like for k in like[n] if table is None or k not in table})
-    if (table is None or strange) and unknown != "reset":
-        what = f"its buffers {', '.join(strange)}" if strange else "its state"
-        raise InputError(
-            f"{type(optimizer).__name__} is not an optimiser whose state parasym can move ({what}): "
-            "pass unknown='reset' to start the state of the edited parameters afresh, or apply the edit before the optimiser is made."
-        )
+    strange = refuse_unknown(optimizer, named, unknown)
+    like = {n: _shaped(s, named[n]) for n, s in states.items()}
     keys = {k: table[k] for n in like for k in like[n]} if table is not None and not strange else {}
     if not keys or transport is None or (transport.square is None and any(law != "gradient" for law in keys.values())):
         for n in states:
@@ -122,6 +116,29 @@ def move_state(optimizer: Optimizer, named: Mapping[str, Tensor], transport: Tra
             if key in s:
                 s[key] = values[n].to(s[key].dtype).contiguous()
     return Moved(moved=tuple(states))
+
+
+def refuse_unknown(optimizer: Optimizer, named: Mapping[str, Tensor], unknown: str = "error") -> list[str]:
+    """Buffers of unknown meaning among the state of some parameters, of which there must be none unless they may be reset.
+
+    Raises:
+        InputError: a state that cannot be read, with ``unknown="error"``.
+    """
+    table = laws_of(optimizer)
+    states = {n: optimizer.state[p] for n, p in named.items() if optimizer.state.get(p)}
+    strange = sorted({k for n, s in states.items() for k in _shaped(s, named[n]) if table is None or k not in table})
+    if states and (table is None or strange) and unknown != "reset":
+        what = f"its buffers {', '.join(strange)}" if strange else "its state"
+        raise InputError(
+            f"{type(optimizer).__name__} is not an optimiser whose state parasym can move ({what}): "
+            "pass unknown='reset' to start the state of the edited parameters afresh, or apply the edit before the optimiser is made."
+        )
+    return strange
+
+
+def _shaped(state: Mapping[str, Any], like: Tensor) -> set[str]:
+    """The buffers of a state that have one number for each of the parameter's."""
+    return {k for k, v in state.items() if isinstance(v, Tensor) and v.shape == like.shape and v.dim()}
 
 
 def laws_of(optimizer: Optimizer) -> dict[str, Law] | None:
