@@ -2,10 +2,10 @@
 
 | | resume | AMP | compile | accumulation | groups | DDP, FSDP2 | tied | frozen |
 |---|---|---|---|---|---|---|---|---|
-| syre: hook, shift, penalty; spred; dcs | breakers | breakers | breakers | breakers | breakers | breakers_distributed | breakers | breakers |
+| syre, spred, dcs | breakers | breakers | breakers | breakers | breakers | breakers_distributed | breakers | breakers |
 | teleport | teleport | teleport | teleport | here | teleport | teleport_distributed | teleport | teleport |
 | compress | here | here | here | here | here | cuts_distributed | compress | compress |
-| revive | here | here | here | here | here | cuts_distributed | here | compress |
+| revive | here | here | here | here | here | cuts_distributed | here | here |
 | thin | here | here | here | here | here | cuts_distributed | here | here |
 | prune | cuts, here | cuts, here | cuts, here | here | here | cuts_distributed | cuts | cuts |
 | volumization, LaProp | optim | optim | optim | optim | optim | parts_distributed | optim | optim |
@@ -152,7 +152,7 @@ def test_mixed_precision_and_a_compiled_model(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["revive", "thin"])
 def test_frozen_weights_keep_their_values(method: str) -> None:
-    """A frozen layer is left alone by revive; thin was asked for that layer and cuts it, but what stays has its values and is not trained."""
+    """revive leaves a frozen layer alone; thin, asked for it, cuts it: what stays has its values, and is not trained."""
     model = net()
     model[0].weight.requires_grad_(False)
     kept = model[0].weight.detach().clone()
