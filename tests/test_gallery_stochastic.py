@@ -61,7 +61,7 @@ def test_smoke_preset_passes_and_survives_json(file: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_default_preset_passes(file: str) -> None:
-    if file == "power_law_escape":
+    if file in ("power_law_escape", "limiting_dynamics"):
         pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra data)")
     found = entry(file)
     result = run_entry(found, found.config("default"), preset="default")
@@ -125,6 +125,18 @@ def test_wrong_currents_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery.Underdamped, "area_rate", lambda self: right(self) * 2 / (1 + self.momentum))
     part = gallery.stationary(replace(gallery.StationaryConfig(), replicas=8000, steps=400, seeds=(0, 1, 2)))
     assert failed(part) == {"limiting-dynamics A4"}
+
+
+def test_a_net_whose_noise_is_not_the_measured_one_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra data)")
+    from parasym.gallery import limiting_dynamics as gallery
+
+    small = gallery.NetworkConfig(hidden=3, replicas=128, steps=100, kicked=64, seeds=(0,))
+    claims = {check.claim for check in gallery.network(small).checks if not check.passed}
+    assert not any("stiffest" in claim or "deviation" in claim for claim in claims)
+    right = gallery.spreading
+    monkeypatch.setattr(gallery, "spreading", lambda d, noise, steps: right(d, 2 * noise, steps))
+    assert sum("stiffest modes" in c.claim or "deviation" in c.claim for c in gallery.network(small).checks if not c.passed) == 2
 
 
 def test_a_wrong_escape_power_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

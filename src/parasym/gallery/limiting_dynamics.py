@@ -7,21 +7,27 @@ grows with an exponent the spectrum sets. v = -m (torch's buffer); t = eta k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.linalg import solve_continuous_lyapunov
+from torch import Tensor
 
-from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
+from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match, refuted
+from parasym.gallery.digits import digits, networks, outputs
 from parasym.gallery.drawings import curves
+from parasym.gallery.ensemble import Ensemble as Draws
 from parasym.simulate import Average, Displacement, Ensemble, Increments, Run, diffusion_exponent
 from parasym.solvable.contract import number
+from parasym.solvable.engines import lbfgs_restarts
 from parasym.solvable.langevin import Underdamped
 from parasym.solvable.models import momentum_modes, signed_areas
+from parasym.solvable.regression import batch_covariance
 
 SLUG = "limiting-dynamics"
 
@@ -94,16 +100,23 @@ def _transient(config: MeanConfig) -> tuple[Check, ...]:
     gaps = []
     for lr in (config.rates[0], config.rates[0] / 4):
         d = Underdamped(config.rho, lr, 1 - (1 - config.momentum) * (lr / config.rates[0]) ** 0.5)
-        f, drive = d.discrete_map(), np.array([-lr, 1.0])
-        p = np.zeros((len(config.rho), 2, 2))
         steps = round(120 * (config.rates[0] / lr) ** 0.5)
-        for _ in range(steps):
-            p = f @ p @ np.swapaxes(f, 1, 2) + d.modes[:, None, None] * np.outer(drive, drive)
-        gaps.append(float(np.abs(p[:, 0, 0] / d.covariance(lr * steps)[:, 0, 0] - 1).max()))
+        gaps.append(float(np.abs(spreading(d, d.modes, [steps])[0] / d.covariance(lr * steps)[:, 0, 0] - 1).max()))
     return (
         holds("variance on the way from a point: largest relative distance to B - E B E^T", gaps[0], at_most=0.1, source=f"{SLUG} R2"),
         holds("it shrinks as the root of the learning rate or faster", gaps[1] / gaps[0], at_most=0.62, source=f"{SLUG} R2"),
     )
+
+
+def spreading(d: Underdamped, noise: np.ndarray, steps: Sequence[int]) -> np.ndarray:
+    """Variances (steps, modes) of theta from a point, by recursion of second moments; ``noise`` is the gradient's variance in each mode."""
+    f, drive = d.discrete_map(), np.array([-d.lr, 1.0])
+    p, kicks, seen = np.zeros_like(f), noise[:, None, None] * np.outer(drive, drive), []
+    for step in range(1, max(steps) + 1):
+        p = f @ p @ np.swapaxes(f, 1, 2) + kicks
+        if step in steps:
+            seen.append(p[:, 0, 0])
+    return np.array(seen)
 
 
 def _frequency(path: np.ndarray) -> float:
@@ -311,6 +324,136 @@ def diffusion(config: DiffusionConfig) -> Part:
     return Part(checks, (figure,))
 
 
+# ------------------------------------------------------------------------------------------------ R8
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """A 64-6-1 tanh net on even/odd digits, (f - y)^2 / 2 and decay .01: trained to its minimum, then momentum SGD from there with
+    batches of 64 drawn with replacement. Records on a logarithmic grid; fits on its last two thirds (needs scikit-learn)."""
+
+    hidden: int = 6
+    decay: float = 0.01
+    lr: float = 0.01
+    momentum: float = 0.9
+    batch: int = 64
+    stiff: int = 10
+    replicas: int = 64
+    steps: int = 1000
+    records: int = 24
+    kick: float = 5.0
+    kicked: int = 256
+    kicked_steps: int = 60
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A net at its minimum: weights (p,), and in the eigenbasis of the Hessian its curvatures (p,) and the batch noise in each (p,)."""
+
+    images: Tensor
+    labels: Tensor
+    weights: Tensor
+    basis: Tensor
+    dynamics: Underdamped
+    noise: np.ndarray
+
+
+def trained(config: NetworkConfig, seed: int) -> Trained:
+    """Minimise by L-BFGS and measure Hessian and per-sample gradients there."""
+    split = digits()
+    x, y = split.x.double(), (split.y % 2).double() * 2 - 1
+    shapes = [(65, config.hidden), (config.hidden + 1, 1)]
+
+    def output(flat: Tensor, images: Tensor) -> Tensor:
+        return outputs([w[None] for w in layers(flat, shapes)], images, torch.tanh)[0, :, 0]
+
+    def loss(flat: Tensor) -> Tensor:
+        return 0.5 * (output(flat, x) - y).square().mean() + 0.5 * config.decay * flat.square().sum()
+
+    start = torch.cat([w.detach().double().flatten() for w in networks(Draws((seed,)), (64, config.hidden, 1))])
+    weights = lbfgs_restarts(lambda w: loss(w["w"]), [{"w": start}], max_iter=6000).best["w"]
+    values, basis = torch.linalg.eigh(torch.func.hessian(loss)(weights))
+    sample = torch.func.grad(lambda flat, a, b: 0.5 * (output(flat, a[None])[0] - b).square())
+    gradients = torch.func.vmap(sample, (None, 0, 0))(weights, x, y) @ basis
+    noise = np.diag(batch_covariance(gradients.numpy(), config.batch))
+    modes = Underdamped(tuple((values - config.decay).tolist()), config.lr, config.momentum, config.decay)
+    return Trained(x.float(), y.float(), weights, basis, modes, noise)
+
+
+def layers(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The two layers, bias in the last row, of flat weights (..., p)."""
+    parts = flat.split([a * b for a, b in shapes], -1)
+    return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def descended(config: NetworkConfig, net: Trained, start: Tensor, steps: Sequence[int], seed: int) -> Tensor:
+    """Weights of momentum SGD from ``start`` (replicas, p) in the eigenbasis, measured from the minimum, at each of ``steps``."""
+    shapes = [(65, config.hidden), (config.hidden + 1, 1)]
+    draw = torch.Generator().manual_seed(seed)
+    weights = [w.contiguous() for w in layers(start.float(), shapes)]
+    buffers = [torch.zeros_like(w) for w in weights]
+    seen = []
+    for step in range(1, max(steps) + 1):
+        rows = torch.randint(len(net.images), (len(start), config.batch), generator=draw)
+        x, y = net.images[rows], net.labels[rows, None]
+        inner = torch.tanh(torch.baddbmm(weights[0][:, -1:], x, weights[0][:, :-1]))
+        residual = (torch.baddbmm(weights[1][:, -1:], inner, weights[1][:, :-1]) - y) / config.batch
+        back = residual * weights[1][:, :-1].mT * (1 - inner.square())
+        for w, m, below, error in zip(weights, buffers, (x, inner), (back, residual), strict=True):
+            gradient = torch.cat([below.mT @ error, error.sum(1, keepdim=True)], 1) + config.decay * w
+            w -= config.lr * m.mul_(config.momentum).add_(gradient)
+        if step in steps:
+            seen.append((torch.cat([w.flatten(1) for w in weights], 1).double() - net.weights) @ net.basis)
+    return torch.stack(seen)
+
+
+def network(config: NetworkConfig) -> Part:
+    """R8: a real net from its minimum. Stiff modes move as the theory of each says, and oscillate at its frequency; the soft ones, where
+    neither curvature nor noise stays what it was, carry the whole farther than the quadratic does."""
+    lags = sorted({round(k) for k in np.geomspace(1, config.steps, config.records)})
+    late = lags[len(lags) // 3 :]
+    spread, white, slopes, expected, turns, rates, inside, series = [], [], [], [], [], [], [], []
+    for seed in config.seeds:
+        net = trained(config, seed)
+        theory = spreading(net.dynamics, net.noise, lags)
+        moved = descended(config, net, net.weights.expand(config.replicas, -1), lags, seed).square().mean(1).numpy()
+        kept = [lags.index(k) for k in late]
+        even = spreading(net.dynamics, np.full_like(net.noise, net.noise.mean()), lags)
+        for law, into in ((theory, spread), (even, white)):
+            into.append(float((moved[kept, -config.stiff :] / law[kept, -config.stiff :]).mean()))
+        for total, into in ((theory.sum(1), expected), (moved.sum(1), slopes)):
+            into.append(float(np.polyfit(np.log(late), np.log(total[kept]), 1)[0]))
+            series.append({"name": f"seed {seed}, {'quadratic' if into is expected else 'SGD'}", "x": lags, "y": total.tolist(),
+                           "mark": "line" if into is expected else "points", "colour": seed})  # fmt: skip
+        d = replace(net.dynamics, rho=net.dynamics.rho[-1:])
+        every = range(1, config.kicked_steps + 1)
+        sd = np.sqrt(spreading(d, net.noise[-1:], every)[:, 0])
+        start = net.weights + config.kick * sd[-1] * net.basis[:, -1]
+        path = descended(config, net, start.expand(config.kicked, -1), every, seed + 100)[:, :, -1].numpy()
+        flow = config.kick * sd[-1] * np.array([np.linalg.matrix_power(d.discrete_map()[0], k)[0, 0] for k in every])
+        turns.append(_frequency(path.mean(1)[: config.kicked_steps // 2]))
+        rates.append(float(np.sqrt(d.omega[0] ** 2 - d.gamma**2) * d.lr))
+        inside.append(float((np.abs(path - flow[:, None]) < sd[:, None]).mean()))
+    source = f"{SLUG} R8"
+    figure = Figure(
+        "a net on digits, from its minimum", {"series": series, "x": "steps", "y": "|theta_k - theta_0|^2", "log": "xy"}, curves
+    )
+    return Part(
+        (
+            match(f"digits: squared displacement of the {config.stiff} stiffest modes over the theory's, mean of the late records", 1.0,
+                  spread, 3 * (2 / (config.replicas * config.stiff)) ** 0.5, source=source, spread=spread),
+            control("the same, had the noise no preferred direction", white, at_least=2.0, source=source),
+            match("kicked along the stiffest: frequency of the mean, per step", rates, turns, 0.03, source=source, relative=True),
+            match("share of runs within one standard deviation of the mean's theory", math.erf(0.5**0.5), inside, 0.03, source=source),
+            control("displacement of all weights is anomalous: its exponent", slopes, at_most=0.7, source=source, spread=slopes),
+            refuted("that exponent is the quadratic's: distance", [a - b for a, b in zip(slopes, expected, strict=True)], at_most=0.02,
+                    source=source),
+        ),
+        (figure,),
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------ the entry
 
 
@@ -321,9 +464,10 @@ class Config:
     means: MeanConfig | None = MeanConfig()
     stationary: StationaryConfig | None = StationaryConfig()
     diffusion: DiffusionConfig | None = DiffusionConfig()
+    network: NetworkConfig | None = NetworkConfig()
 
 
-_EXPERIMENTS: Mapping[str, Callable[..., Part]] = {"means": means, "stationary": stationary, "diffusion": diffusion}
+_EXPERIMENTS: Mapping[str, Callable[..., Part]] = {"means": means, "stationary": stationary, "diffusion": diffusion, "network": network}
 
 ENTRY = Entry(
     slug=SLUG,
@@ -339,11 +483,13 @@ ENTRY = Entry(
         "smoke": Config(
             stationary=StationaryConfig(replicas=8000, steps=400),
             diffusion=None,
+            network=None,
         ),
         "default": Config(),
         "full": Config(
             stationary=StationaryConfig(replicas=100_000, seeds=tuple(range(5))),
             diffusion=DiffusionConfig(modes=400, longest=3000, fitted=30, replicas=4000, seeds=tuple(range(5))),
+            network=NetworkConfig(hidden=16, replicas=256, steps=4000, kicked=1024),
         ),
     },
     experiments=_EXPERIMENTS,
