@@ -90,6 +90,12 @@ def test_a_wrong_transition_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "exact-phase-transitions A1, R5" in failed(part)
 
 
+def test_a_wrong_threshold_of_the_vae_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LinearLVM, "critical_beta", lambda self: 0.98 * self.zeta.square() / self.decoder**2)
+    checks = exact_phase_transitions._posterior(exact_phase_transitions.FormConfig(seeds=(0,)))
+    assert [check.passed for check in checks] == [True, False, False]
+
+
 def test_a_wrong_branch_is_caught() -> None:
     short = exact_phase_transitions.DescentConfig(depths=(2,), deep_shares=(1.02,), edges=(), steps=200, seeds=(0,))
     assert "exact-phase-transitions A2" in failed(exact_phase_transitions.descent(short))

@@ -8,7 +8,7 @@ metastable at every decay. Starts are W ~ N(0, c^2 / fan-in), c = 1 or .1; desce
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from parasym.gallery.diagrams import DEPTH
 from parasym.gallery.drawings import curves
 from parasym.measure.phases import PhaseCurve, classify, phase_sweep
 from parasym.solvable.engines import Params, hessian, lbfgs_restarts, norm, stack
+from parasym.solvable.latent import LinearLVM
 from parasym.solvable.scale import Scale, infinite_depth, isotropic
 
 SLUG = "exact-phase-transitions"
@@ -40,10 +41,11 @@ class FormConfig:
     grid: int = 400_001
     landau_gap: float = 1e-4
     limits: tuple[int, ...] = (10, 100, 1000, 10_000)
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 def forms(config: FormConfig) -> Part:
-    """A1: R1, R4, R5, R6, R11 against scans of the reduced loss."""
+    """A1: R1, R4, R5, R6, R11 against scans of the reduced loss; R9 on a linear VAE."""
     checks: list[Check] = []
     b = np.linspace(1e-6, 1.2 * config.e / config.a, config.grid)
     for depth in config.depths:
@@ -65,7 +67,7 @@ def forms(config: FormConfig) -> Part:
         numeric = [float(general.critical_decay()), float(general.jump()), float(general.spinodal())]
         claim = f"D = {depth}: the general root finder at E along an axis"
         checks.append(match(claim, [closed[name] for name in names], numeric, 1e-8, source=f"{SLUG} R6"))
-    return Part((*checks, *_landau(config), *_latent(config), *_depths(config), *_ridge()), (_order_figure(),))
+    return Part((*checks, *_landau(config), *_latent(config), *_depths(config), *_ridge(), *_posterior(config)), (_order_figure(),))
 
 
 def _bisect(inside: Callable[[float], bool], low: float, high: float) -> float:
@@ -137,6 +139,30 @@ def _ridge() -> list[Check]:
     return [
         control("ridge: order of the transition (0: none)", float(classify(*curve)), at_most=0.0, source=f"{SLUG} R3"),
         control("ridge: largest change of slope of |beta| from point to point, relative", third, at_most=0.2, source=f"{SLUG} R3"),
+    ]
+
+
+def _posterior(config: FormConfig) -> list[Check]:
+    """R9: a linear VAE is the case of one hidden layer: its first mode dies at beta e_d^2 = zeta_1^2, continuously, as one layer's map."""
+    powers, dead, living, expected = [], [], [], []
+    for seed in config.seeds:
+        x = np.random.default_rng(seed).normal(size=(40, 3)) * [2.0, 1.0, 0.5]
+        base = LinearLVM.of_data(x, latents=2, decoder=0.7)
+        critical = float(base.critical_beta()[0])
+        sizes = {}
+        for share in (0.9, 0.99, 0.999, 1.01):
+            model = replace(base, beta=share * critical)
+            sizes[share] = float(torch.linalg.svdvals(model.minimise(seed, 2).best["U"])[0])
+            if share < 1:
+                living.append(sizes[share])
+                expected.append(torch.as_tensor(model.predict("minimum").values["decoder"].value)[0])
+        powers.append(float(np.log10(sizes[0.99] / sizes[0.999])))
+        dead.append(sizes[1.01])
+    source = f"{SLUG} R9"
+    return [
+        match("linear VAE: first singular value of the decoder at .9, .99, .999 of beta_c", expected, living, 1e-5, source=source),
+        match("its exponent in beta_c - beta, second order", 0.5, powers, 1e-3, source=source, spread=powers),
+        match("and at 1.01 beta_c", 0.0, dead, 1e-5, source=source),
     ]
 
 
