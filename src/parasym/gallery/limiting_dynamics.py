@@ -413,7 +413,11 @@ def network(config: NetworkConfig) -> Part:
     neither curvature nor noise stays what it was, carry the whole farther than the quadratic does."""
     lags = sorted({round(k) for k in np.geomspace(1, config.steps, config.records)})
     late = lags[len(lags) // 3 :]
-    spread, white, slopes, expected, turns, rates, inside, series = [], [], [], [], [], [], [], []
+    spread: list[float] = []
+    white: list[float] = []
+    slopes: list[float] = []
+    expected: list[float] = []
+    turns, rates, inside, series = [], [], [], []
     for seed in config.seeds:
         net = trained(config, seed)
         theory = spreading(net.dynamics, net.noise, lags)
