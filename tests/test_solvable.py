@@ -128,6 +128,17 @@ def test_the_slow_escape_is_designed_exactly(eps: float) -> None:
     assert abs(Discrete((3.0, -c)).log_factor(0.1) - eps) < 1e-15
 
 
+def test_the_second_order_exponent_is_off_by_the_third_power() -> None:
+    law = Normal(-0.1, 1.0)
+    gaps = [abs(factors.small_rate_exponent(law, lr) - law.log_factor(lr)) for lr in (0.01, 0.005, 0.0025)]
+    # E h^3 = 3 mu v + mu^3 = -.301, and the fourth order is E h^4 = 3.06
+    assert all(6 < a / b < 17 for a, b in itertools.pairwise(gaps)) and gaps[0] < 1e-6
+    third = -(law.mean**3 + 3 * law.mean * law.variance) / 3
+    fourth = -(law.mean**4 + 6 * law.mean**2 * law.variance + 3 * law.variance**2) / 4
+    exact = law.log_factor(0.01) - factors.small_rate_exponent(law, 0.01)
+    assert abs(exact / (third * 1e-6 + fourth * 1e-8) - 1) < 1e-2
+
+
 # ------------------------------------------------------------------------------------------------ stationary covariance
 
 
@@ -178,6 +189,13 @@ def test_enhancement_and_limit() -> None:
     limit = stationary.stability_limit(h, 0.3)
     assert stationary.stationary_covariance(h, c, limit * 0.999, 0.3).ok
     assert stationary.stationary_covariance(h, c, limit * 1.001, 0.3).status == "not_applicable"
+
+
+def test_the_temperature_of_escape_is_curvature_times_variance() -> None:
+    for mu in (0.0, 0.6):
+        sigma = np.asarray(stationary.stationary_covariance([[1.7]], [[0.4]], 0.5, mu).value).item()
+        assert abs(number(stationary.escape_temperature(1.7, 0.4, 0.5, mu)) - 1.7 * sigma) < 1e-13
+    assert stationary.escape_temperature(1.7, 0.4, 1.2).status == "not_applicable"
 
 
 def test_flat_directions_diffuse_and_say_so() -> None:
@@ -352,6 +370,15 @@ def test_second_order_methods_close_their_own_equations() -> None:
         assert stationary.master_residual(sig, a, c, lr / batch * np.linalg.inv(c), mu) < 1e-13
 
 
+def test_overparametrised_trace_closes_its_own_equations() -> None:
+    """R10: Sig_i (2 lr a_i - lr^2 a_i^2) = lr^2 ((T - a_i Sig_i) / S + c) a_i with T = sum a_i Sig_i, as one linear system."""
+    a, lr, batch, n, sigma = np.linspace(0.2, 3.0, 12), 0.1, 5, 60, 0.7
+    c = sigma**2 / batch * (1 - len(a) / n)
+    system = np.diag(2 * lr * a - lr**2 * a**2 + lr**2 * a**2 / batch) - lr**2 / batch * np.outer(a, a)
+    trace = a @ np.linalg.solve(system, lr**2 * c * a)
+    assert abs(number(regression.overparametrised(np.diag(a), n, lr, batch, sigma)) / trace - 1) < 1e-12
+
+
 def test_overparametrised_trace_and_its_limit() -> None:
     x = np.random.default_rng(1).normal(size=(200, 20)) / math.sqrt(1)
     y = np.random.default_rng(2).normal(size=200)
@@ -523,6 +550,44 @@ def test_escape_rate_is_the_inverse_of_the_mean_time(a: float) -> None:
     assert max(map(abs, ratios)) < 0.04
 
 
+@pytest.mark.parametrize(("a", "temperature"), [(1.0, 0.1), (3.0, 0.3)])
+def test_double_well_time_by_finite_differences(a: float, temperature: float) -> None:
+    """T L tau'' - L' tau' = -1 with tau'(-3) = 0 and tau(1) = 0: second order in the step, extrapolated."""
+
+    def solved(cells: int) -> float:
+        x = np.linspace(-3, 1, cells + 1)
+        step, loss, slope = x[1] - x[0], 1 + a * (x**2 - 1) ** 2, 4 * a * x * (x**2 - 1)
+        up, down = temperature * loss / step**2 - slope / (2 * step), temperature * loss / step**2 + slope / (2 * step)
+        bands = np.zeros((3, cells))
+        bands[0, 1:], bands[1], bands[2, :-1] = up[: cells - 1], -(up + down)[:cells], down[1:cells]
+        bands[0, 1] += down[0]  # reflected
+        return float(linalg.solve_banded((1, 1), bands, -np.ones(cells))[cells // 2])  # from x = -1
+
+    coarse, fine = solved(20_000), solved(40_000)
+    found = escape.double_well_time(a, temperature)
+    assert abs((4 * fine - coarse) / 3 / number(found) - 1) < 1e-6 and float(found.residual or 1) < 1e-8
+
+
+def test_the_power_of_the_loss_carries_no_current() -> None:
+    """power-law-escape R5: dx = -L' dt + sqrt(2 T L) dW in one dimension, T = eta h/B: -L' p - (T L p)' = 0 for p = L^-phi."""
+    lr, batch, h = 0.2, 3.0, 1.5
+    t = lr * h / batch
+    loss = lambda x: 0.7 + 0.3 * x**2 + 0.1 * x**4  # noqa: E731
+    for phi, still in ((escape.exponent_of_density(lr, batch, h), True), (1 / t, False)):
+        for x in torch.tensor([-1.3, 0.4, 2.0], dtype=torch.float64):
+            flow = -torch.func.grad(loss)(x) * loss(x) ** -phi - torch.func.grad(lambda z, p=phi: t * loss(z) ** (1 - p))(x)
+            assert (abs(float(flow)) < 1e-14) == still
+
+
+def test_the_discrete_exponents_have_the_exact_variance() -> None:
+    """R10b and minibatch-noise-strength R14: (1 + w^2)^-phi has the variance 1 / (2 phi - 3), which is that of R5 in one dimension."""
+    for lr, batch in ((0.1, 2), (0.05, 1), (0.5, 4)):
+        exact = float(np.asarray(regression.label_noise_fluctuation([1.0], lr, batch, 1.0).value).item())
+        for phi in (escape.discrete_exponent_of_density(lr, batch, 1.0), (1 + regression.moment_index(lr, batch)) / 2):
+            assert abs(1 / (2 * phi - 3) / exact - 1) < 1e-12
+        assert abs(1 / (2 * escape.exponent_of_density(lr, batch, 1.0) - 3) / exact - 1) > 1e-2
+
+
 def test_escape_rate_in_more_dimensions_reduces_to_one() -> None:
     one = escape.escape_rate(8.0, -4.0, 1.0, 2.0, 0.1, 8.0)
     by_hand = math.sqrt(8 * 4) / (2 * math.pi) * 2 ** -(0.5 + 10)
@@ -598,6 +663,21 @@ def test_bounds_and_divergences() -> None:
     assert adaptive.rectification_mean(2).status == "not_applicable" and number(adaptive.rectification_mean(4)) == 2
     assert adaptive.excluded_variance(3).status == "not_applicable" and abs(number(adaptive.excluded_variance(5)) - 2) < 1e-15
     assert abs(adaptive.limit_with_mean(0.0) - (1 - 2 / math.pi)) < 1e-15 and abs(adaptive.limit_with_mean(0.5) - 0.3583) < 5e-5
+
+
+def test_what_diverges_by_the_laws_themselves() -> None:
+    for t in (4, 5, 12, 40):
+        inverse = integrate.quad(lambda x, t=t: t / x * stats.chi2.pdf(x, t), 0, np.inf, epsabs=1e-13)[0]
+        assert abs(number(adaptive.rectification_mean(t)) / inverse - 1) < 1e-8
+        assert abs(number(adaptive.excluded_variance(t)) / stats.t.var(t - 1) - 1) < 1e-12
+    for m in (0.0, 0.5, 2.0):
+        size = integrate.quad(lambda g, m=m: abs(g) * stats.norm.pdf(g, m), -12, 14, points=[0.0], epsabs=1e-13)[0]
+        assert abs(adaptive.limit_with_mean(m) - (1 - size**2 / (1 + m**2))) < 1e-11
+
+
+def test_the_curve_is_the_moment_of_each_step() -> None:
+    curve = adaptive.ema_curve(12, 0.9)
+    assert max(abs(curve[t - 1] - number(adaptive.ema_moments(t, 0.9)["Var|u|"])) for t in range(2, 13)) < 1e-12
 
 
 # ------------------------------------------------------------------------------------------------ the models
