@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import types
@@ -232,3 +233,27 @@ def test_gallery(papers: types.ModuleType, tmp_path: Path) -> None:
     assert (result.exit_code, result.stderr) == (2, "error: The gallery has no paper 'spread'. It has: spred.\n")
     assert "pass  spred  2/2" in runner.invoke(app, ["gallery", "report", str(tmp_path)]).stdout
     assert runner.invoke(app, ["gallery", "report", str(tmp_path), "spred", "--preset", "full"]).exit_code == 1
+
+
+GPT = "hf:GPT2Config?n_layer=1&n_embd=8&n_head=2&vocab_size=11&n_positions=6"
+
+
+def test_an_architecture_too_large_for_memory_is_audited_without_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("parasym.core.load._memory", lambda: 1000.0)
+    result = runner.invoke(app, ["audit", GPT, "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert "architecture without weights" in result.stderr
+    found = json.loads(result.stdout)
+    assert found["completeness"]["explained"] == 1.0 and found["collapse"] == []
+    assert "the architecture alone" in found["model"]["inputs"]
+    weights = tmp_path / "w.safetensors"
+    for command in (["audit", GPT, "--weights", str(weights)], ["fix", GPT, "--method", "balance", "--out", str(weights)]):
+        refused = runner.invoke(app, command)
+        assert refused.exit_code not in (0, 1) and "too large to be held here" in refused.stderr
+
+
+def test_an_architecture_that_fits_has_its_weights() -> None:
+    pytest.importorskip("transformers")
+    loaded = importlib.import_module("parasym.core.load").load_target(GPT)
+    assert not loaded.hollow

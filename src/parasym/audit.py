@@ -226,7 +226,7 @@ def audit_checkpoint(
     model: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
-    path: str | Path,
+    path: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Audit:
@@ -238,22 +238,23 @@ def audit_checkpoint(
 
     Args:
         model: the network on the meta device (``with torch.device("meta"): ...``).
-        path: the safetensors file, its tensors under the model's parameter names.
+        path: the safetensors file, its tensors under the model's parameter names; None: the architecture alone, nothing is said of
+            collapse.
 
     Raises:
         CheckpointError: the file is damaged, or its tensors do not fit the model.
     """
     tell = progress or (lambda stage, fraction: None)
     generator = torch.Generator().manual_seed(seed)
-    file = TensorFile(Path(path))
+    file = None if path is None else TensorFile(Path(path))
     with rng_state():
         tell("trace", 0.0)
         graph = trace(model, args, kwargs, values=False)
-        keys = _keys(graph, file.header, Path(path))
+        keys = {} if file is None else _keys(graph, file.header, Path(str(path)))
         found = audit_full_size(model, args, kwargs, graph, None, generator, tell)
         entries = [e for e in found.search.entries if e is not None]
         tell("collapse", 0.0)
-        rows = weight_collapse(entries, lambda name: file.rows(keys[name]), found.search.spaces)
+        rows = [] if file is None else weight_collapse(entries, lambda name: file.rows(keys[name]), found.search.spaces)
     size, free = sum(p.numel() for p in graph.params.values()), sum(s.dim for s in found.symmetries)
     method = f"dimensions written at full size, certificates of the twin; {found.method}"
     count = Count(size, size - free, free, found.explained, False, method, found.gap)
@@ -264,7 +265,7 @@ def audit_checkpoint(
         "trace": graph.trace,
         "mode": "train" if model.training else "eval",
         "seed": seed,
-        "inputs": "none: weights streamed from the checkpoint",
+        "inputs": "none: " + ("the architecture alone" if file is None else "weights streamed from the checkpoint"),
         "twin": found.twin,
     }
     drawn = picture(graph, found.search.spaces, found.symmetries)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from parasym.core.errors import CheckpointError, MissingExtraError, ParasymError
+from parasym.core.errors import CheckpointError, InputError, MissingExtraError, ParasymError
 from parasym.report import words
 
 OK, OPEN, BAD_INPUT, REFUSED, BROKEN = 0, 1, 2, 3, 4
@@ -163,9 +163,11 @@ def audit(
             else:
                 loaded = load.load_target(target, weights, model)
                 load.require_inputs(loaded)
-                found = room.audit(
-                    loaded.model, args=loaded.args, kwargs=loaded.kwargs, completeness=completeness.value, seed=seed, progress=progress
-                )
+                options = {"seed": seed, "progress": progress}
+                if loaded.hollow:
+                    found = room.audit_checkpoint(loaded.model, loaded.args, loaded.kwargs, **options)
+                else:
+                    found = room.audit(loaded.model, args=loaded.args, kwargs=loaded.kwargs, completeness=completeness.value, **options)
         if not stream and not target.endswith(".pt2"):
             advise = importlib.import_module("parasym.measure.advice").on_the_command_line
             for row in getattr(found, "advice", ()):
@@ -306,6 +308,8 @@ def fix(
         with _progress() as progress:
             progress("loading", 0.0)
             loaded = load.load_target(target, weights, model)
+            if loaded.hollow:
+                raise InputError(f"{target} is too large to be held here, so there are no weights to act on.")
             load.require_inputs(loaded)
             fixed = room.fix(loaded, wish, progress)
             if fixed.ok:

@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -47,6 +49,11 @@ class Loaded:
     kwargs: dict[str, Any]
     name: str
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def hollow(self) -> bool:
+        """Shapes without weights: the network was too large to be made."""
+        return any(p.device.type == "meta" for p in self.model.parameters())
 
 
 def load_target(target: str, weights: Path | None = None, model: str | None = None) -> Loaded:
@@ -98,6 +105,8 @@ def load_target(target: str, weights: Path | None = None, model: str | None = No
     else:
         raise InputError(f"No such target: {target}. A target is {FORMS}.")
 
+    if weights is not None and loaded.hollow:
+        raise InputError(f"{target} is too large to be held here. Stream its weights: parasym audit {weights} --stream --model '{target}'.")
     if weights is not None:
         apply_weights(loaded.model, load_weights(Path(weights)), str(weights))
     return loaded
@@ -298,9 +307,15 @@ def _from_class(spec: str) -> Loaded:
     try:
         config = config_class(**options)
         config.use_cache = False
+        build = _auto_class(transformers, config).from_config if is_config else cls
+        with torch.device("meta"):
+            model = build(config)
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        if size > _memory() / 2:
+            return Loaded(model.eval(), (), example_inputs(model), type(model).__name__, (_HOLLOW.format(size / 2**30),))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = _auto_class(transformers, config).from_config(config) if is_config else cls(config)
+            model = build(config)
     except Exception as error:
         raise InputError(f"Building hf:{spec} failed: {type(error).__name__}: {error}") from error
     return Loaded(
@@ -310,6 +325,17 @@ def _from_class(spec: str) -> Loaded:
         type(model).__name__,
         ("the weights are random (seed 0); give --weights to audit trained ones",),
     )
+
+
+_HOLLOW = "the weights would take {:.0f} GiB: this is the architecture without weights, nothing is said of collapse"
+
+
+def _memory() -> float:
+    """Bytes of memory of this machine; infinite where it does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def _auto_class(transformers: Any, config: Any) -> Any:
