@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import parasym
+import parasym.methods
 from parasym.cli import app
 from parasym.core.load import load_target
-from parasym.methods.fix import METHODS, Wish, check, fix, write
+from parasym.methods.fix import METHODS, WITH_LOSS, Wish, check, fix, write
+from parasym.methods.objectives import NoiseEquilibrium, Sharpness
 
 runner = CliRunner(env={"COLUMNS": "160"})
 NET = """
@@ -141,12 +144,16 @@ def test_tied_weights_are_written_once_and_load(net: str, tmp_path: Path) -> Non
         (["--method", "balance", "--keep", "0.1"], "belongs to"),
         (["--method", "prune"], "--keep"),
         (["--method", "prune", "--keep", "7.5"], "keep"),
-        (["--method", "prune", "--keep", "0.5", "--score", "snip"], "synflow"),
+        (["--method", "prune", "--keep", "0.5", "--score", "snip"], "needs a loss"),
         (["--method", "balance", "--trust-inputs"], "belongs to"),
         (["--method", "polish"], "polish"),
         (["--method", "syre"], "attach(optimizer)"),
         (["--method", "spred"], "training script"),
         (["--method", "teleport", "--to", "noise-equilibrium"], "NoiseEquilibrium"),
+        (["--method", "noise-equilibrium"], "needs a loss and its data"),
+        (["--method", "sharpness"], "to=Sharpness(loss_fn, (x, y))"),
+        (["--method", "prune", "--keep", "0.5", "--score", "grasp"], "loss=lambda out"),
+        (["--method", "balance", "--score", "entropy"], "Scores"),
     ],
 )
 def test_bad_commands_exit_with_2_and_teach(net: str, tmp_path: Path, words: list[str], says: str) -> None:
@@ -216,6 +223,34 @@ def test_help_teaches_every_method_and_says_what_needs_data() -> None:
     shown = " ".join(runner.invoke(app, ["fix", "--help"]).output.split())
     assert all(name in shown for name in METHODS) and "--to" in shown and "Exit codes" in shown
     assert all(name in shown for name in ("sharpness", "noise equilibrium", "syre", "dcs", "spred", ".pt2", "need a loss and its data"))
+
+
+def test_what_needs_a_loss_works_as_it_is_printed(net: str, tmp_path: Path) -> None:
+    """The Python lines of the error messages, run: each gives an edit that keeps (or, pruned, cuts) the outputs."""
+    loaded = load_target(f"{net}:build")
+    target = loaded.model(*loaded.args).detach() + 0.1 * torch.randn(16, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    known = {"parasym": parasym, "Sharpness": Sharpness, "NoiseEquilibrium": NoiseEquilibrium, "model": loaded.model, "args": loaded.args,
+             "x": loaded.args[0], "y": target, "loss_fn": nn.functional.mse_loss}  # fmt: skip
+    for name, line in WITH_LOSS.items():
+        edit = eval(line.split(" in Python")[0].removeprefix("edit = ").rstrip("."), known)
+        assert edit.certificate.ok, name
+        if edit.method == "teleport":
+            assert edit.summary["after"] < 0.999 * edit.summary["before"], name
+    assert set(WITH_LOSS) == {"sharpness", "noise-equilibrium", "snip", "grasp"}
+
+
+def test_revive_trusts_the_examples_only_when_told(net: str, tmp_path: Path) -> None:
+    """A unit that only the examples leave off is no business of a command whose examples may be anything."""
+    folder = Path(net).parent
+    (folder / "shy.py").write_text(
+        NET + "\ndef shy():\n    m, args = build()\n    with torch.no_grad():\n        m[0].bias[3] = -12\n    return m, args\n"
+    )
+    old = load_target(f"{folder / 'shy.py'}:shy").model
+    for words, reset in (([], False), (["--trust-inputs"], True)):
+        out = tmp_path / f"{len(words)}.safetensors"
+        code, shown, said = run(f"{folder / 'shy.py'}:shy", "--method", "revive", *words, "--out", str(out))
+        assert code == 0, said
+        assert torch.equal(load_file(out)["0.bias"][3], old[0].bias[3]) != reset, shown
 
 
 @pytest.mark.slow

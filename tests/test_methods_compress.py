@@ -331,3 +331,19 @@ def test_a_channel_with_a_norm_is_revived_without_a_change() -> None:
     assert found(edit, "revived") == {("0", "dead"): [5], ("0", "duplicate"): [2], ("4", "duplicate"): [3]}
     assert edit.certificate.ok and edit.summary["alive"] == 3
     assert edit.edited()[1].weight[5] != 0
+
+
+@pytest.mark.parametrize("bias", [-12.0, 12.0])
+def test_a_unit_that_only_large_inputs_switch_is_cut_only_when_told(bias: float) -> None:
+    """Lossless means on any data: a bias many times the size of the example inputs makes a ReLU neither dead nor linear."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 3)).double()
+    with torch.no_grad():
+        model[0].bias[3], model[0].weight[2] = bias, 0
+    x = torch.randn(16, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    kept, cut = compress(model, (x,)), compress(model, (x,), trust_inputs=True)
+    units = [sorted(j for r in edit.summary["removed"] for j in r["units"]) for edit in (kept, cut)]
+    assert units[0] == [2] and (3 in units[1]) == (bias < 0)
+    far, old = 300 * x, model(300 * x)
+    torch.testing.assert_close(kept.edited()(far), old, rtol=1e-12, atol=1e-10)
+    assert torch.allclose(cut.edited()(far), old, rtol=1e-3) == (bias > 0)

@@ -260,7 +260,8 @@ def watch_tail(
         "teleport   move along the symmetries to --to minimum-norm, int8 (least damage by rounding to 8 bits), balance, or agreement\n\n"
         "compress   cut dead, duplicate and dependent units; the outputs stay\n\n"
         "prune      set the least important weights to zero (SynFlow); no layer collapses\n\n"
-        "revive     draw units anew that are dead on the example inputs, or repeat others; the outputs there stay\n\n"
+        "revive     draw units anew that are dead on any data, or repeat others; the outputs stay (--trust-inputs: on the examples)\n\n"
+        "None of these needs a loss or training data: the example inputs of TARGET are used to trace the network and to certify on.\n\n"
         "[bold]Not here[/]\n\n"
         "Teleport to sharpness or to the noise equilibrium, snip and grasp scores need a loss and its data; syre, dcs and spred act while "
         "a network trains. They are Python calls: parasym.methods.teleport, prune, syre, dcs, spred; `parasym audit` prints the line for "
@@ -290,7 +291,7 @@ def fix(
     keep: Annotated[float | None, typer.Option(help="prune: fraction of the weights to keep, such as 0.1.")] = None,
     score: Annotated[str, typer.Option(help="prune: synflow, magnitude or random.")] = "synflow",
     trust_inputs: Annotated[
-        bool, typer.Option("--trust-inputs", help="compress: what is dead on the example inputs counts as dead.")
+        bool, typer.Option("--trust-inputs", help="compress, revive: what is dead on the example inputs counts as dead.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Write over FILE if it exists.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,

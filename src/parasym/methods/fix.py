@@ -31,16 +31,23 @@ METHODS = {
     "teleport": "move along the symmetries to --to minimum-norm, int8, balance or agreement (with --reference)",
     "compress": "cut dead, duplicate and dependent units; the outputs stay",
     "prune": "set the least important weights to zero, --keep of them stay; no layer collapses",
-    "revive": "draw units anew that are dead on the example inputs, or repeat others; the outputs there stay",
+    "revive": "draw units anew that are dead on any data, or repeat others; the outputs stay (--trust-inputs: dead on the example inputs)",
 }
+"""What needs no loss and no training data: example inputs to trace the network and to certify on are enough."""
 TRAINED = {
     "syre": "parasym.methods.syre(model).attach(optimizer) in the training script.",
     "dcs": "parasym.methods.dcs(model, mirror, decay, inputs=[(args, kwargs)]).apply(optimizer) in the training script.",
     "spred": "parasym.methods.spred(model, l1).apply(optimizer) in the training script.",
-    "sharpness": "parasym.methods.teleport(model, args, to=Sharpness(loss_fn, data)) in Python (parasym.methods.objectives).",
-    "noise-equilibrium": "parasym.methods.teleport(model, args, to=NoiseEquilibrium(loss_fn, data, batch_size=...)) in Python "
-    "(parasym.methods.objectives).",
 }
+"""What acts while a network trains."""
+_OBJECTIVES = "in Python, with the objective from parasym.methods.objectives and save_model(edit.edited(), FILE) of safetensors.torch."
+WITH_LOSS = {
+    "sharpness": f"edit = parasym.methods.teleport(model, args, to=Sharpness(loss_fn, (x, y))) {_OBJECTIVES}",
+    "noise-equilibrium": f"edit = parasym.methods.teleport(model, args, to=NoiseEquilibrium(loss_fn, (x, y), batch_size=32)) {_OBJECTIVES}",
+    "snip": "parasym.methods.prune(model, args, keep=0.1, score='snip', loss=lambda out: loss_fn(out, y)) in Python.",
+    "grasp": "parasym.methods.prune(model, args, keep=0.1, score='grasp', loss=lambda out: loss_fn(out, y)) in Python.",
+}
+"""What needs a loss and its data, which no command line can name."""
 AIMS = (*NAMED, "agreement")
 SCORES = ("synflow", "magnitude", "random")
 
@@ -50,8 +57,8 @@ class Wish:
     """What is asked for; see `METHODS`.
 
     Attributes:
-        to: of teleport. reference: checkpoint for agreement. keep, score: of prune. trust_inputs: of compress: what is redundant on
-            the example inputs counts, not only what is on any data.
+        to: of teleport. reference: checkpoint for agreement. keep, score: of prune. trust_inputs: of compress and
+            revive: what is redundant on the example inputs counts, not only what is on any data.
     """
 
     method: str
@@ -88,6 +95,9 @@ def check(wish: Wish) -> None:
         InputError: an unknown method or aim, or an option that is missing or belongs to another method.
     """
     m = wish.method
+    for wanted in (m, wish.to, wish.score):
+        if wanted in WITH_LOSS:
+            raise InputError(f"{wanted} needs a loss and its data: {WITH_LOSS[wanted]}")
     if m in TRAINED:
         raise InputError(f"{m} acts while a network trains, which needs its data: {TRAINED[m]}")
     if m not in METHODS:
@@ -96,8 +106,6 @@ def check(wish: Wish) -> None:
         raise InputError(f"teleport needs to know where to: --to {', '.join(AIMS)}.")
     if wish.to is not None and m != "teleport":
         raise InputError(f"--to belongs to --method teleport, not to {m}.")
-    if wish.to in ("sharpness", "noise-equilibrium"):
-        raise InputError(f"{wish.to} needs a loss and training data: {TRAINED[wish.to]}")
     if wish.to is not None and wish.to not in AIMS:
         raise InputError(f"There is no aim {wish.to!r}. Aims: {', '.join(AIMS)}.")
     if (wish.reference is not None) != (wish.to == "agreement"):
@@ -108,8 +116,8 @@ def check(wish: Wish) -> None:
         raise InputError(f"--keep belongs to --method prune, not to {m}.")
     if wish.score not in SCORES:
         raise InputError(f"There is no score {wish.score!r}. Scores that need no loss: {', '.join(SCORES)}.")
-    if wish.trust_inputs and m != "compress":
-        raise InputError(f"--trust-inputs belongs to --method compress, not to {m}.")
+    if wish.trust_inputs and m not in ("compress", "revive"):
+        raise InputError(f"--trust-inputs belongs to --method compress or revive, not to {m}.")
 
 
 def fix(loaded: Loaded, wish: Wish, progress: Tell | None = None) -> Fixed:
@@ -133,7 +141,7 @@ def fix(loaded: Loaded, wish: Wish, progress: Tell | None = None) -> Fixed:
         assert wish.keep is not None
         edit = prune(model, args, kwargs, keep=wish.keep, score=wish.score, seed=seed)  # type: ignore[arg-type]
     else:
-        edit = revive(model, args, kwargs, seed=seed)
+        edit = revive(model, args, kwargs, trust_inputs=wish.trust_inputs, seed=seed)
     notes = [str(edit.summary["note"])] if edit.summary.get("note") else []
     if edit.attributes:
         sizes = ", ".join(f"{k} = {v}" for k, v in edit.attributes.items())

@@ -27,6 +27,7 @@ from parasym.symmetry.symmetry import Params
 _COLUMNS = 4096  # numbers kept of each unit to look for relations,
 _ROOM = 1 << 26  # and of all units together
 _TOL = 1e-9  # relative residual of a relation
+_FAR = 100.0  # times the amplitude of wide inputs
 
 
 @dataclass
@@ -71,9 +72,15 @@ class Relations:
 
 
 def sources(graph: Graph, given: Sequence[Batch], generator: torch.Generator, trust_inputs: bool) -> list[Batch]:
-    """The given data; unless these are all the model will ever see, also fresh ones of their kind and of many amplitudes."""
-    more = [] if trust_inputs else [draw(graph, given[0], generator), draw(graph, given[0], generator, wide=True)]
-    return [*given, *more]
+    """The given data; unless these are all the model will ever see, also fresh ones of their kind, of many amplitudes, and from afar.
+
+    From afar a ReLU whose bias is many times the size of the usual input shows that it can be switched on (or off).
+    """
+    if trust_inputs:
+        return list(given)
+    wide = draw(graph, given[0], generator, wide=True)
+    far = [[f * t if t.is_floating_point() else t for t in wide] for f in (_FAR, -_FAR)]
+    return [*given, draw(graph, given[0], generator), wide, *far]
 
 
 def observe_units(runner: Runner, params: Params, batches: Sequence[Batch], spaces: Sequence[Units], seed: int = 0) -> list[Features]:
