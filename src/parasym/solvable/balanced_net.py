@@ -10,17 +10,18 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from parasym.core.errors import InputError
 from parasym.core.results import Estimate, Status
-from parasym.solvable.contract import Model, Prediction, absent, positive
-from parasym.solvable.engines import Params, flow
+from parasym.solvable.contract import Prediction, absent, positive
+from parasym.solvable.engines import Params
 from parasym.solvable.line_net import LineFlow
 from parasym.solvable.riccati import Propagator, two_layer_matrix
+from parasym.solvable.trained import Trained
 
 SLUG = "lazy-to-rich"
 
@@ -211,7 +212,7 @@ def task_sequence(w1: Tensor, w2: Tensor, targets: Sequence[Tensor], duration: f
 
 
 @dataclass(frozen=True)
-class LambdaBalancedNet(Model):
+class LambdaBalancedNet(Trained):
     """A lambda-balanced net whose product starts with singular values scale * |N(0, 1)| and learns a Gaussian Sigma.
 
     ``samples`` whitened inputs carry noise of size ``noise`` on their labels that Sigma does not see. ``aligned`` starts in the modes
@@ -249,12 +250,6 @@ class LambdaBalancedNet(Model):
         """x (n, inputs) with x^T x = n I, y (n, outputs), target (outputs, inputs)."""
         return _full(self)
 
-    def data(self, count: int, seed: int) -> Mapping[str, Tensor]:
-        """``count`` samples with replacement."""
-        pick = torch.randint(self.samples, (count,), generator=torch.Generator().manual_seed(seed))
-        full = self.full()
-        return {"x": full["x"][pick], "y": full["y"][pick]}
-
     def init(self, seed: int | None = None) -> Params:
         """w1 (hidden, inputs), w2 (outputs, hidden); the model's own without ``seed``."""
         draws = torch.Generator().manual_seed(self.seed + 1 if seed is None else seed)
@@ -263,12 +258,8 @@ class LambdaBalancedNet(Model):
         return {"w1": w1, "w2": w2}
 
     def losses(self, theta: Params, batch: Mapping[str, Tensor]) -> Tensor:
-        """Loss of each sample."""
+        """Loss of each sample; their mean is |W2 W1 X - Y|^2 / (2 P)."""
         return 0.5 * (batch["x"] @ theta["w1"].mT @ theta["w2"].mT - batch["y"]).square().sum(-1)
-
-    def loss(self, theta: Params) -> Tensor:
-        """|W2 W1 X - Y|^2 / (2 P)."""
-        return self.losses(theta, self.full()).mean()
 
     def generators(self, theta: Params) -> list[Params]:
         """Tangents of W1 -> g W1, W2 -> W2 g^-1 for every elementary g of GL(hidden)."""
@@ -287,11 +278,6 @@ class LambdaBalancedNet(Model):
         grams = (w1.mT @ w1, w2 @ w2.mT)
         return {"map": w2 @ w1, "gram in": grams[0], "gram out": grams[1], "kernel distance": kernel_distance(*start, *grams),
                 "balance": w2.mT @ w2 - w1 @ w1.mT}  # fmt: skip
-
-    @property
-    def times(self) -> Tensor:
-        """(points,) from 0 to the horizon."""
-        return torch.linspace(0, self.horizon, self.points, dtype=torch.float64)
 
     def _predict(self, kind: str) -> Prediction:
         theta, target = self.init(), self.full()["target"]
@@ -332,15 +318,12 @@ class LambdaBalancedNet(Model):
         """Gradient flow of the loss by automatic differentiation; ``seed`` and ``budget`` change nothing."""
         last = torch.tensor([0.0, self._settled()], dtype=torch.float64)
         times = last if kind == "final" else self.times
-        run = flow(self.loss, self.init(), times, rtol=1e-11, atol=1e-13)
-        seen = [self.observables({name: w[i] for name, w in run.theta.items()}) for i in range(len(times))]
-        rows: dict[str, Any] = {name: torch.stack([o[name] for o in seen]) for name in seen[0]}
+        run, rows = self.run(times)
         slope = torch.func.grad(self.loss)({name: w[-1] for name, w in run.theta.items()})
         settled = kind != "final" or max(float(g.abs().max()) for g in slope.values()) < 1e-7
         status: Status = "ok" if run.ok and settled else "not_converged"
-        if kind == "trajectory":
-            return {name: Estimate(value, status=status, note="" if run.ok else run.message) for name, value in rows.items()}
-        return {name: Estimate(value[-1], status=status, note="" if run.ok else run.message) for name, value in rows.items()}
+        note = "" if run.ok else run.message
+        return {n: Estimate(v if kind == "trajectory" else v[-1], status=status, note=note) for n, v in rows.items()}
 
     def _settled(self) -> float:
         """A time by which every mode that can be learned has been: its slowest growth and its slowest settling."""

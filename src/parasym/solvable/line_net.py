@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from torch import Tensor
 from parasym.core.errors import InputError
 from parasym.core.results import Estimate
 from parasym.solvable import riccati
-from parasym.solvable.contract import Model, Prediction, absent, positive
-from parasym.solvable.engines import Params, follow
+from parasym.solvable.contract import Prediction, absent, positive
+from parasym.solvable.engines import Params
+from parasym.solvable.trained import Trained
 
 SLUG = "three-mechanisms"
 Mechanism = Literal["alignment", "disalignment", "rescaling", "lazy"]
@@ -210,7 +211,7 @@ def scaling_phase(gamma: float, u: float, w: float, eta_u: float = 0.0, eta_w: f
 
 
 @dataclass(frozen=True)
-class OneDLinearNet(Model):
+class OneDLinearNet(Trained):
     """A network of ``width`` neurons on ``samples`` points a_k n, a_k ~ N(0,1), with labels slope a_k + noise (three-mechanisms).
 
     Start u_i ~ N(0, sigma_u^2), w_i ~ N(0, sigma_w^2 I); ``aligned`` sets omega = u. ``seed`` draws data and start. Observables at
@@ -249,12 +250,6 @@ class OneDLinearNet(Model):
         """The whole data set: x (n, inputs), y (n,), the direction (inputs,) and a (n,)."""
         return _full(self)
 
-    def data(self, count: int, seed: int) -> Mapping[str, Tensor]:
-        """``count`` samples with replacement, x (count, inputs) and y (count,)."""
-        pick = torch.randint(self.samples, (count,), generator=torch.Generator().manual_seed(seed))
-        full = self.full()
-        return {"x": full["x"][pick], "y": full["y"][pick]}
-
     def init(self, seed: int | None = None) -> Params:
         """A start: u (d,), w (d, inputs); the model's own without ``seed``."""
         draws = torch.Generator().manual_seed(self.seed + 1 if seed is None else seed)
@@ -268,10 +263,6 @@ class OneDLinearNet(Model):
     def losses(self, theta: Params, batch: Mapping[str, Tensor]) -> Tensor:
         """Loss of each sample."""
         return 0.5 * (self.gamma * (batch["x"] @ theta["w"].mT @ theta["u"]) - batch["y"]).square()
-
-    def loss(self, theta: Params) -> Tensor:
-        """Mean loss of the whole data set."""
-        return self.losses(theta, self.full()).mean()
 
     def generators(self, theta: Params) -> list[Params]:
         """Tangent of u_i -> c u_i, w_i -> w_i / c for each neuron."""
@@ -297,11 +288,6 @@ class OneDLinearNet(Model):
         full, theta = self.full(), self.init()
         v, m = float(full["a"].square().mean()), float((full["a"] * full["y"]).mean())
         return LineFlow(theta["u"], theta["w"] @ full["direction"], v, m, self.gamma, self.eta_u, self.eta_w)
-
-    @property
-    def times(self) -> Tensor:
-        """(points,) from 0 to the horizon."""
-        return torch.linspace(0, self.horizon, self.points, dtype=torch.float64)
 
     def _predict(self, kind: str) -> Prediction:
         flow = self.closed
@@ -333,23 +319,13 @@ class OneDLinearNet(Model):
 
     def _simulate(self, kind: str, seed: int, budget: float) -> Mapping[str, Estimate]:
         """Gradient flow of the loss by automatic differentiation, with the two rates; ``budget`` and ``seed`` change nothing."""
-        gradient = torch.func.grad(self.loss)
-
-        def rhs(_: float, theta: Params) -> Params:
-            g = gradient(theta)
-            return {"u": -self.eta_u * g["u"], "w": -self.eta_w * g["w"]}
-
         times = self.times if kind != "final" else torch.tensor([0.0, 40.0 / float(self.closed.rate)], dtype=torch.float64)
-        run = follow(rhs, self.init(), times, rtol=1e-11, atol=1e-13)
+        run, rows = self.run(times, {"u": self.eta_u, "w": self.eta_w})
+        kernel = rows.pop("kernel")
+        rows["kernel ratio"] = kernel / kernel[0]
         if not run.ok:
-            stuck = Estimate(None, status="not_applicable", note=run.message)
-            return dict.fromkeys(("product", "kernel ratio", "cosine", "|u|^2", "|omega|^2", "charges"), stuck)
-        seen = [self.observables({name: w[i] for name, w in run.theta.items()}) for i in range(len(times))]
-        rows: dict[str, Any] = {name: torch.stack([o[name] for o in seen]) for name in seen[0]}
-        rows["kernel ratio"] = rows.pop("kernel") / seen[0]["kernel"]
-        if kind == "trajectory":
-            return {name: Estimate(value) for name, value in rows.items()}
-        return {name: Estimate(value[-1]) for name, value in rows.items()}
+            return dict.fromkeys(rows, Estimate(None, status="not_converged", note=run.message))
+        return {name: Estimate(value if kind == "trajectory" else value[-1]) for name, value in rows.items()}
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from parasym.core.errors import InputError
 from parasym.core.results import Estimate, Status
-from parasym.solvable.contract import Model, Prediction, absent
+from parasym.solvable.contract import Prediction, absent
 from parasym.solvable.engines import Params, follow
+from parasym.solvable.trained import Trained
 
 SLUG = "quasi-homogeneous-margin"
 
@@ -65,7 +66,7 @@ def hard_margin(x: Tensor, y: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TwoBalls(Model):
+class TwoBalls(Trained):
     """Two classes on circles of ``radius`` around +-mu, f = a x_1 + b x_2 with a and b products of ``powers`` weights.
 
     powers: (1, 3): b = t^3 (``shared``) or three factors; the exponent of each weight is 1 / power. The flow is run to a margin of
@@ -105,12 +106,6 @@ class TwoBalls(Model):
         y = torch.cat([torch.ones(self.points), -torch.ones(self.points)]).double()
         return {"x": torch.cat([ball, -ball]), "y": y}
 
-    def data(self, count: int, seed: int) -> Mapping[str, Tensor]:
-        """``count`` samples with replacement."""
-        pick = torch.randint(2 * self.points, (count,), generator=torch.Generator().manual_seed(seed))
-        full = self.full()
-        return {"x": full["x"][pick], "y": full["y"][pick]}
-
     def module(self) -> nn.Module:
         """The network, for `parasym.symmetry.quasi.exponents`."""
         return _Products(self.powers, self.shared, self.start)
@@ -135,10 +130,6 @@ class TwoBalls(Model):
     def losses(self, theta: Params, batch: Mapping[str, Tensor]) -> Tensor:
         """exp(-q) of each sample."""
         return (-batch["y"] * (batch["x"] @ self.direction(theta))).exp()
-
-    def loss(self, theta: Params) -> Tensor:
-        """Mean of exp(-q)."""
-        return self.losses(theta, self.full()).mean()
 
     def generators(self, theta: Params) -> list[Params]:
         """Tangents of the rescalings between the factors of one product."""

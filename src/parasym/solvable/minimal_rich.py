@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from parasym.core.errors import InputError
 from parasym.core.results import Estimate, Status
-from parasym.solvable.contract import Model, Prediction, absent, positive
-from parasym.solvable.engines import Params, follow
+from parasym.solvable.contract import Prediction, absent, positive
+from parasym.solvable.engines import Params
+from parasym.solvable.trained import Trained
 
 SLUG = "get-rich-quick"
 
@@ -216,7 +217,7 @@ def interpolator(X: Tensor, y: Tensor, beta0: Tensor, delta: float) -> Estimate:
 
 
 @dataclass(frozen=True)
-class MinimalRich(Model):
+class MinimalRich(Trained):
     """f = a w.x in ``dim`` dimensions from beta0 of norm ``start`` and charge ``delta``, towards beta* of norm ``target``.
 
     ``samples`` >= dim: whitened inputs, X^T X = I; fewer: Gaussian inputs, and the question is which interpolator is found. ``seed``
@@ -258,12 +259,6 @@ class MinimalRich(Model):
         """x (n, d), y (n,), the target (d,) and beta0 (d,)."""
         return _full(self)
 
-    def data(self, count: int, seed: int) -> Mapping[str, Tensor]:
-        """``count`` samples with replacement; the mean of `losses` over them is unbiased."""
-        pick = torch.randint(self.samples, (count,), generator=torch.Generator().manual_seed(seed))
-        full = self.full()
-        return {"x": full["x"][pick], "y": full["y"][pick]}
-
     def init(self, seed: int | None = None) -> Params:
         """w (d,) and a > 0 with the model's charge and a w = beta0; a random direction of beta0 with ``seed``."""
         beta0 = self.full()["beta0"]
@@ -276,12 +271,8 @@ class MinimalRich(Model):
         return {"w": beta0 / a, "a": a}
 
     def losses(self, theta: Params, batch: Mapping[str, Tensor]) -> Tensor:
-        """n r^2 / 2 of each sample, whose mean is the loss."""
+        """n r^2 / 2 of each sample, whose mean is the loss |y - X w a|^2 / 2."""
         return 0.5 * self.samples * (batch["x"] @ theta["w"] * theta["a"] - batch["y"]).square()
-
-    def loss(self, theta: Params) -> Tensor:
-        """|y - X w a|^2 / 2."""
-        return self.losses(theta, self.full()).mean()
 
     def generators(self, theta: Params) -> list[Params]:
         """a -> c a, w -> w / c."""
@@ -303,11 +294,6 @@ class MinimalRich(Model):
         """The closed form from the model's own start (whitened inputs)."""
         theta = self.init()
         return NeuronFlow(theta["w"], theta["a"], self.full()["target"], self.eta_a, self.eta_w)
-
-    @property
-    def times(self) -> Tensor:
-        """(points,) from 0 to the horizon."""
-        return torch.linspace(0, self.horizon, self.points, dtype=torch.float64)
 
     def _settled(self) -> float:
         """A time by which the loss has fallen below 1e-18, from the smallest rate at the predicted end; at most 400."""
@@ -364,18 +350,10 @@ class MinimalRich(Model):
 
     def _simulate(self, kind: str, seed: int, budget: float) -> Mapping[str, Estimate]:
         """Gradient flow by automatic differentiation; ``seed`` and ``budget`` change nothing."""
-        gradient = torch.func.grad(self.loss)
-
-        def rhs(_: float, theta: Params) -> Params:
-            g = gradient(theta)
-            return {"w": -self.eta_w * g["w"], "a": -self.eta_a * g["a"]}
-
         last = {"implicit_bias": self._settled(), "final_sign": 60.0}.get(kind)
         times = self.times if last is None else torch.linspace(0, last, 41, dtype=torch.float64)
         # a long way down a stiff slope needs an implicit method
-        run = follow(rhs, self.init(), times, rtol=1e-11, atol=1e-13, method="LSODA" if kind == "implicit_bias" else "DOP853")
-        seen = [self.observables({name: w[i] for name, w in run.theta.items()}) for i in range(len(times))]
-        rows: dict[str, Any] = {name: torch.stack([o[name] for o in seen]) for name in seen[0]}
+        run, rows = self.run(times, {"w": self.eta_w, "a": self.eta_a}, "LSODA" if kind == "implicit_bias" else "DOP853")
         if kind == "implicit_bias":
             if bool((rows["sign of a"] != rows["sign of a"][0]).any()):
                 return {"beta": absent("the run crossed a = 0: the potential describes runs that do not")}
