@@ -1,9 +1,8 @@
-"""The gallery entries on charges and laws: every check passes at smoke size, and fails when its mechanism is tampered with."""
+"""The gallery entries on charges and laws: checks fail when their mechanism is tampered with."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import pytest
@@ -20,50 +19,9 @@ from parasym.gallery import (
     thermodynamic_irreversibility,
 )
 from parasym.gallery.contract import Entry, Result
-from parasym.gallery.runner import run_entry, seeds_of
+from parasym.gallery.runner import run_entry
 from parasym.solvable import balance, edln
 from parasym.solvable.chains import Chain
-
-ENTRIES: dict[str, Entry] = {
-    m.ENTRY.slug: m.ENTRY
-    for m in (
-        neural_mechanics,
-        noether_learning_dynamics,
-        law_of_balance,
-        noise_equilibrium,
-        perfect_platonic,
-        flatness_or_sharpness,
-        neural_thermodynamics,
-        thermodynamic_irreversibility,
-    )
-}
-
-
-@pytest.mark.parametrize("slug", list(ENTRIES))
-def test_every_check_passes_at_smoke_size(slug: str) -> None:
-    entry = ENTRIES[slug]
-    result = run_entry(entry, entry.config("smoke"), preset="smoke")
-    assert result.passed, [(c.claim, c.predicted, c.measured, c.error) for c in result.checks if not c.passed]
-    assert any(c.kind == "control" for c in result.checks) and len(result.seeds) >= 3
-    assert Result.from_dict(json.loads(json.dumps(result.to_dict()))).passed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("slug", list(ENTRIES))
-def test_every_check_passes_by_default(slug: str) -> None:
-    entry = ENTRIES[slug]
-    result = run_entry(entry, entry.config("default"), preset="default")
-    assert result.passed, [(c.claim, c.predicted, c.measured, c.error) for c in result.checks if not c.passed]
-
-
-@pytest.mark.parametrize("slug", list(ENTRIES))
-def test_every_preset_names_three_seeds_and_all_experiments_have_a_config(slug: str) -> None:
-    entry = ENTRIES[slug]
-    for preset in ("smoke", "default", "full"):
-        config = entry.config(preset)
-        assert {f.name for f in dataclasses.fields(config)} == set(entry.experiments)
-        assert len(seeds_of(config)) >= 3
-    assert all(getattr(entry.config("default"), name) is not None for name in entry.experiments)
 
 
 def only(entry: Entry, **parts: Any) -> Result:

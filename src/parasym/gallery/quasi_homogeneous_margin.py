@@ -146,7 +146,6 @@ class BallsConfig:
     centres: tuple[tuple[float, float], ...] = ((2.0, 0.5), (2.0, 0.8), (1.5, 0.9))
     margin: float = 2000.0
     discarded: tuple[float, float] = (1.5, 1.3)
-    seeds: tuple[int, ...] = (0,)
 
 
 def balls(config: BallsConfig) -> Part:

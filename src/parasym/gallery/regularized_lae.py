@@ -375,7 +375,7 @@ ENTRY = Entry(
     presets={
         "smoke": Config(
             minima=MinimumConfig(lams=(2.0, 14.0), restarts=2, seeds=(0,)),
-            saddles=MorseConfig(limit=8, seeds=(0,)),
+            saddles=MorseConfig(limit=8),
             charge=ChargeConfig(steps=2000, lr=1e-3, seeds=(0,)),
             algorithms=AlgorithmConfig(digit_codes=(2,), seeds=(0,)),
         ),

@@ -469,7 +469,7 @@ ENTRY = Entry(
             minima=MinimumConfig(restarts=3, seeds=(0,)),
             saddles=None,
             infonce=InfoNCEConfig(restarts=2, pairs=2000, dictionary_pairs=200_000, seeds=(0,)),
-            imbalance=ImbalanceConfig(shares=(0.5, 0.02), seeds=(0,)),
+            imbalance=ImbalanceConfig(shares=(0.5, 0.02)),
             digits=None,
         ),
         "default": Config(),

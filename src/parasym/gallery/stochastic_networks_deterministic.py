@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from parasym.core.guards import rng_state
 from parasym.gallery.contract import Check, Entry, Figure, Part, control, holds, match
 from parasym.gallery.drawings import curves
 from parasym.gallery.ensemble import Ensemble
@@ -48,10 +49,12 @@ def copies(config: CopyConfig) -> Part:
     """R1, R4: the mean is kept, the variance divided exactly; behind a nonlinear tail to leading order."""
     means, ratios, sampled, expected, tail, losses = [], [], [], [], [], []
     for seed in config.seeds:
-        torch.manual_seed(seed)
-        x = torch.randn(6, 3, dtype=torch.float64)
-        model = nn.Sequential(nn.Linear(3, config.units), nn.ReLU(), nn.Dropout(0.5), nn.Linear(config.units, 2)).double()
-        y = torch.randn(6, 2, dtype=torch.float64)
+        with rng_state():
+            torch.manual_seed(seed)
+            x = torch.randn(6, 3, dtype=torch.float64)
+            model = nn.Sequential(nn.Linear(3, config.units), nn.ReLU(), nn.Dropout(0.5), nn.Linear(config.units, 2)).double()
+            y = torch.randn(6, 2, dtype=torch.float64)
+            deep = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)).double()
         with torch.no_grad():
             own = predictive_variance(model, x, exact=True)
             draws = predictive_variance(model, x, config.samples, seed=seed)
@@ -64,7 +67,6 @@ def copies(config: CopyConfig) -> Part:
                 means.append(float((wide(x) - model(x)).abs().max()))
                 ratios.append(own / predictive_variance(wide, x, exact=True))
                 expected.append(torch.full_like(own, k))
-            deep = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)).double()
             spread = [float(predictive_variance(replicate(deep, 0, k), x, config.samples, seed=seed).mean()) for k in config.tail_copies]
             tail.append(log_slope(config.tail_copies, spread))
     return Part(
