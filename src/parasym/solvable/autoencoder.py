@@ -234,7 +234,7 @@ class RegularizedLAE(Landscape):
         square, vectors = self.spectrum
         other = (1 - 0.5 * self.lam / square).clamp_min(0) if self.penalty == "sum" else 0.9 * self.shrinkage(square)
         if kind == "critical points":
-            wrong = [float(square.sum() - (other * square)[list(p.modes)].sum()) + 1e-3 for p in self.critical_points(24)]
+            wrong = [float(square.sum() - (other * square)[list(p.modes)].sum()) for p in self.critical_points(24)]
             return Prediction(kind, {"loss": Estimate(torch.tensor(wrong, dtype=torch.float64))})
         kept = list(range(min(self.codes, len(square))))
         return Prediction(kind, {"map": Estimate(vectors[:, kept] * other[kept] @ vectors[:, kept].T)})

@@ -254,14 +254,14 @@ class SSLQuartic(_Embedding):
         return kept
 
     def _control(self, kind: str) -> Prediction:
-        """Thresholds of the whitened levels in place of those of B; the spectrum without the wall's metric."""
+        """Thresholds of the whitened levels in place of those of B; a wall half as steep; the spectrum without the wall's metric."""
         if kind == "phase":
             return Prediction(kind, {"critical decay": Estimate(self.levels[: len(self._thresholds())])})
         if kind == "critical points":
             values = torch.tensor([p[1] for p in self.stationary(24)], dtype=torch.float64)
-            return Prediction(kind, {"loss": Estimate(2 * values - 1e-3)})
+            return Prediction(kind, {"loss": Estimate(2 * values)})
         raw = torch.linalg.eigvalsh(self.attraction).flip(0).clamp_min(0) / (2 * self.quartic)
-        return Prediction(kind, {"spectrum": Estimate(self._sorted(raw + 1e-3))})
+        return Prediction(kind, {"spectrum": Estimate(self._sorted(raw))})
 
     def _measure(self, kind: str, seed: int, budget: float) -> Mapping[str, Estimate]:
         if self.power is not None:
