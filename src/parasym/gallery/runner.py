@@ -16,6 +16,7 @@ from typing import Any
 import joblib
 import torch
 
+from parasym.core.guards import rng_state
 from parasym.gallery.contract import Entry, Experiment, Part, Result, to_plain
 from parasym.gallery.registry import entries
 from parasym.gallery.store import Store, digest
@@ -130,7 +131,8 @@ def _cell(experiment: Experiment, cell: Any, name: str, store: Store | None) -> 
 
 def _timed(experiment: Experiment, cell: Any) -> Part:
     start = time.perf_counter()
-    part = experiment(cell)
+    with rng_state():  # layers draw when they are made; a run leaves no trace of it
+        part = experiment(cell)
     return dataclasses.replace(part, seconds=time.perf_counter() - start)
 
 
