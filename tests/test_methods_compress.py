@@ -83,6 +83,20 @@ def test_a_unit_asleep_on_the_given_data_only_is_cut_only_when_told() -> None:
     assert 9 in found(compress(model, (x,), trust_inputs=True))[("0", "dead")]
 
 
+def test_a_unit_that_rarely_wakes_is_not_dead() -> None:
+    """Units 6 and 7 of the second layer are off on the batch, and on for 0.07 % of normal inputs (3.7 % of ten times larger ones)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3)).to(torch.float64)
+    with torch.no_grad():
+        model[0].weight[5] *= 30
+    x = torch.randn(16, 5, dtype=torch.float64)
+    with torch.no_grad():
+        on = [torch.relu(model[:3](k * torch.randn(100_000, 5, dtype=torch.float64))).bool().double().mean(0)[[6, 7]] for k in (1, 10)]
+    assert not torch.relu(model[:3](x))[:, [6, 7]].any() and 0 < on[0][0] < 2e-3 and on[1][0] > 0.01 and 0 < on[1][1] < 2e-3
+    assert not compress(model, (x,)).summary["removed"] and not revive(model, (x,), trust_inputs=False).summary["revived"]
+    assert [r["units"] for r in revive(model, (x,)).summary["revived"]] == [[6, 7]]
+
+
 def test_linearised_units_beyond_their_rank_are_cut() -> None:
     with fresh(0):
         model = nn.Sequential(nn.Linear(3, 16), nn.LeakyReLU(0.1), nn.Linear(16, 4)).double()

@@ -115,7 +115,8 @@ def compress(
         args, kwargs: example arguments, the batch first.
         inputs: more argument tuples (the structure of ``args``) to look at.
         trust_inputs: also cut what is redundant on the given data only (a ReLU that these data never switch on). By default a
-            relation must also hold on fresh data of the same kind and on data of many amplitudes.
+            relation must also hold on fresh data of the same kind and on data of many amplitudes, on as many samples as are cheap
+            (thousands for a small network): units that wake more rarely than that are taken for dead.
         seed: of the fresh data.
         progress: called with (stage, fraction).
 
@@ -134,7 +135,7 @@ def compress(
         subject = Subject.of(model, args, kwargs, inputs, seed, "compress")
         tell("look", 0.2)
         runner = Runner(subject.graph)
-        seen = sources(subject.graph, subject.given, subject.generator, trust_inputs)
+        seen = sources(runner, subject.given, subject.generator, trust_inputs)
         free = [u for u in subject.units if u.why is None]
         features = observe_units(runner, subject.graph.params, seen, free, seed)
         tell("try", 0.4)

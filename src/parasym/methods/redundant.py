@@ -26,7 +26,9 @@ from parasym.symmetry.symmetry import Params
 
 _COLUMNS = 4096  # numbers kept of each unit to look for relations,
 _ROOM = 1 << 26  # and of all units together
+_COMPARED = 3  # samples on which a unit must be active to be compared with others; two that are on once look alike
 _TOL = 1e-9  # relative residual of a relation
+_DRAWN, _SHOWN = 256, 1 << 22  # fresh batches of each kind at most, and activations of them
 _FAR = 100.0  # times the amplitude of wide inputs
 
 
@@ -71,16 +73,20 @@ class Relations:
         return Relations(*({k: v for k, v in d.items() if k in keep} for d in (self.parts, self.shifts, self.kind)))  # type: ignore[arg-type]
 
 
-def sources(graph: Graph, given: Sequence[Batch], generator: torch.Generator, trust_inputs: bool) -> list[Batch]:
+def sources(runner: Runner, given: Sequence[Batch], generator: torch.Generator, trust_inputs: bool) -> list[Batch]:
     """The given data; unless these are all the model will ever see, also fresh ones of their kind, of many amplitudes, and from afar.
 
-    From afar a ReLU whose bias is many times the size of the usual input shows that it can be switched on (or off).
+    From afar a ReLU whose bias is many times the size of the usual input shows that it can be switched on (or off). Small networks are
+    shown many batches: a unit that is switched on once in a thousand samples is not dead.
     """
     if trust_inputs:
         return list(given)
-    wide = draw(graph, given[0], generator, wide=True)
-    far = [[f * t if t.is_floating_point() else t for t in wide] for f in (_FAR, -_FAR)]
-    return [*given, draw(graph, given[0], generator), wide, *far]
+    out = list(given)
+    for _ in range(max(1, min(_DRAWN, _SHOWN // max(1, runner.numbers)))):
+        wide = draw(runner.graph, given[0], generator, wide=True)
+        far = [[f * t if t.is_floating_point() else t for t in wide] for f in (_FAR, -_FAR)]
+        out += [draw(runner.graph, given[0], generator), wide, *far]
+    return out
 
 
 def observe_units(runner: Runner, params: Params, batches: Sequence[Batch], spaces: Sequence[Units], seed: int = 0) -> list[Features]:
@@ -126,7 +132,8 @@ def relations(units: Units, features: Features, params: Params) -> Relations:
         _enter(out, j, "unread", {}, [torch.zeros_like(c[j]) for c in means])
     for j in (still & ~unread).nonzero().flatten().tolist():
         _enter(out, j, "dead", {}, [c[j] for c in means])
-    alive = (~(unread | still)).nonzero().flatten()
+    active = _active(rows)
+    alive = (~(unread | still) & (active >= _COMPARED)).nonzero().flatten()
     if len(alive) < 2:
         return out
     size = rows[alive].norm(dim=1)
@@ -140,9 +147,17 @@ def relations(units: Units, features: Features, params: Params) -> Relations:
             ratio = float(rows[a] @ rows[b] / rows[b].square().sum())
             _enter(out, a, "duplicate", {b: ratio}, [c[a] - ratio * c[b] for c in means])
     rest = torch.tensor([j for j in alive.tolist() if j not in out.parts], dtype=torch.long)
+    rest = rest[active[rest] > len(rest)]
     if rows.shape[1] >= 3 * len(rest) and len(rest) > 1:
         _dependent(out, rest, rows, means)
     return out
+
+
+def _active(rows: Tensor) -> Tensor:
+    """(n,) on how many of the kept samples a unit leaves its resting value, the one end of its range where it is most of the time."""
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    slack = _TOL * (high - low)
+    return rows.shape[1] - torch.maximum((rows <= low + slack).sum(1), (rows >= high - slack).sum(1))
 
 
 def _enter(out: Relations, j: int, kind: str, parts: dict[int, float], shifts: list[Tensor]) -> None:

@@ -45,7 +45,8 @@ def revive(
         args, kwargs: a batch of the training data: a unit is dead if nothing in it switches it on.
         kinds: which units: constant ones, ones whose out-weights are zero, repetitions of others.
         inputs: more argument tuples to look at.
-        trust_inputs: what is dead on these data counts as dead; False: only what is dead on any data.
+        trust_inputs: what is dead on these data counts as dead, so they must be like those in training; False: only what is dead on
+            fresh data of many amplitudes as well, and ``args`` may be anything of the right shapes.
         seed: of the fresh weights.
 
     Returns:
@@ -64,7 +65,7 @@ def revive(
         subject = Subject.of(model, args, kwargs, inputs, seed, "revive")
         graph, runner = subject.graph, Runner(subject.graph)
         free = [u for u in subject.units if u.why is None and not _frozen(subject, u)]
-        seen = sources(graph, subject.given, subject.generator, trust_inputs)
+        seen = sources(runner, subject.given, subject.generator, trust_inputs)
         features = observe_units(runner, graph.params, seen, free, seed)
         judge = subject.judge(trust_inputs)
         plan = []
