@@ -137,7 +137,7 @@ def compress(
         runner = Runner(subject.graph)
         seen = sources(runner, subject.given, subject.generator, trust_inputs)
         free = [u for u in subject.units if u.why is None]
-        features = observe_units(runner, subject.graph.params, seen, free, seed)
+        features = observe_units(runner, subject.graph.params, seen, free, seed, len(subject.given) + 4)
         tell("try", 0.4)
         judge = subject.judge(trust_inputs)
         plan = [(u, exact(u, relations(u, f, subject.graph.params), judge, BAR)) for u, f in zip(free, features, strict=True)]

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parasym.core.graph import Graph
 from parasym.core.samples import Batch, draw
 from parasym.measure.activity import out_axis, unit_samples
 from parasym.measure.copies import nearest
@@ -89,11 +88,13 @@ def sources(runner: Runner, given: Sequence[Batch], generator: torch.Generator, 
     return out
 
 
-def observe_units(runner: Runner, params: Params, batches: Sequence[Batch], spaces: Sequence[Units], seed: int = 0) -> list[Features]:
-    """Pass all data once and keep what the units put out."""
+def observe_units(
+    runner: Runner, params: Params, batches: Sequence[Batch], spaces: Sequence[Units], seed: int = 0, compared: int = 1 << 30
+) -> list[Features]:
+    """Pass all data once and keep the range of what the units put out, and of the first ``compared`` batches what to compare."""
     found = [Features([], [], [[] for _ in u.uses]) for u in spaces]
     columns = min(_COLUMNS, max(64, _ROOM // max(1, sum(u.size * len(u.uses) for u in spaces))))
-    share = max(1, columns // max(1, len(batches)))
+    share = max(1, columns // max(1, min(compared, len(batches))))
 
     def take(units: Units, features: Features, k: int, use: Use, number: int, live: Mapping[str, Any]) -> None:
         x = live[use.operand]
@@ -104,6 +105,8 @@ def observe_units(runner: Runner, params: Params, batches: Sequence[Batch], spac
             features.high.append(high)
         else:
             features.low[k], features.high[k] = torch.minimum(features.low[k], low), torch.maximum(features.high[k], high)
+        if number >= compared:
+            return
         wanted = max(8, share // max(1, rows.shape[1]))
         if rows.shape[2] > wanted:
             stream = torch.Generator().manual_seed(seed + 1000 * number + k)

@@ -66,7 +66,7 @@ def revive(
         graph, runner = subject.graph, Runner(subject.graph)
         free = [u for u in subject.units if u.why is None and not _frozen(subject, u)]
         seen = sources(runner, subject.given, subject.generator, trust_inputs)
-        features = observe_units(runner, graph.params, seen, free, seed)
+        features = observe_units(runner, graph.params, seen, free, seed, len(subject.given) + 4)
         judge = subject.judge(trust_inputs)
         plan = []
         for u, f in zip(free, features, strict=True):
