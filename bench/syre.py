@@ -1,9 +1,10 @@
 """Time a training step with syre beside the same optimiser with plain decay.
 
-Run with OMP_NUM_THREADS=1. Contestants take turns in one run, so what else the machine does hits all alike; processor time; the ratio is
-the median over the rounds of the ratio to plain decay in the same round, with its standard error, and plain decay takes part twice. First
-whole training steps, then AdamW's step alone on 25 M parameters, where reading theta0 shows most. "syre" is the hook as it comes, "every
-step" the hook that pulls at each step, "shift" the change of coordinates, which costs the optimiser nothing and the forward one addition.
+Run with OMP_NUM_THREADS=1. Contestants take turns in one run on one model, so what else the machine does and where the weights lie hits all
+alike; processor time; the ratio is the median over the rounds of the ratio to plain decay in the same round, with its standard error, and
+plain decay takes part twice. First whole training steps, then AdamW's step alone on 25 M parameters, where reading theta0 shows most.
+"syre" is the hook as it comes, "every step" the hook that pulls at each step, "shift" the change of coordinates, which costs the optimiser
+nothing and the forward one addition.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from optim import SHAPES
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from parasym.methods import syre
+from parasym.methods.syre import Pull
 
 LIMIT = 1.02
 BLOCK = 50  # steps in a row, one pull among them (two with the momentum of SGD): lr * weight_decay = 1e-4 owes 5e-3 of theta0 by then
@@ -57,60 +60,78 @@ RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def training(make: Callable[[], nn.Module], x: Tensor, rule: str, mode: str) -> Callable[[], object]:
-    """One training step of a fresh model."""
-    torch.manual_seed(0)
-    model = make()
-    optimizer = RULES[rule](model.parameters())
-    prepare(model, optimizer, mode)
+@dataclass(frozen=True)
+class Contestant:
+    """A way to step: what is put in before a block of steps, the step itself, and what takes it out again; only the steps are timed."""
 
-    def step() -> None:
-        optimizer.zero_grad()
-        with parametrize.cached():  # torch's own: a weight that is read twice in a forward pass is made once
-            loss = model(x).square().mean()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    step: Callable[[], object]
+    enter: Callable[[], object] = lambda: None
+    leave: Callable[[], object] = lambda: None
 
 
-def stepping(mode: str, fused: bool) -> Callable[[], object]:
+def contestants(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> dict[str, Contestant]:
+    """Plain decay and the hooks, all on the same weights: where memory lies makes more difference than syre does."""
+    anchor, held = syre(model), list[Pull]()
+
+    def attached(every: int | None) -> Contestant:
+        return Contestant(step, lambda: held.append(anchor.attach(optimizer, every=every)), lambda: held.pop().undo())
+
+    return {"plain": Contestant(step), "plain again": Contestant(step), "syre": attached(None), "every step": attached(1)}
+
+
+def training(make: Callable[[], nn.Module], x: Tensor, rule: str) -> dict[str, Contestant]:
+    """Whole training steps; the change of coordinates on a model of its own."""
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], object]]:
+        torch.manual_seed(0)
+        model = make()
+        optimizer = RULES[rule](model.parameters())
+
+        def step() -> None:
+            optimizer.zero_grad()
+            with parametrize.cached():  # torch's own: a weight that is read twice in a forward pass is made once
+                loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+
+        return model, optimizer, step
+
+    model, optimizer, step = fresh()
+    syre(model).shift().apply(optimizer)
+    return {**contestants(*fresh()), "shift": Contestant(step)}
+
+
+def stepping(fused: bool) -> dict[str, Contestant]:
     """The optimiser's step alone, constant gradients."""
     torch.manual_seed(0)
     model = nn.ParameterList([nn.Parameter(torch.randn(shape) * 0.02) for shape in SHAPES])
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1, foreach=False, fused=fused)
-    prepare(model, optimizer, mode)
     for p in model.parameters():
         p.grad = torch.randn_like(p) * 1e-3
-    return optimizer.step
+    return contestants(model, optimizer, optimizer.step)
 
 
-def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, mode: str) -> None:
-    """Put syre in, in one of its forms."""
-    if mode == "shift":
-        syre(model).shift().apply(optimizer)
-    elif not mode.startswith("plain"):
-        syre(model).attach(optimizer, every=1 if mode == "every step" else None)
-
-
-def race(steps: dict[str, Callable[[], object]], seconds: float) -> dict[str, tuple[float, float]]:
+def race(field: dict[str, Contestant], seconds: float) -> dict[str, tuple[float, float]]:
     """Of each contestant the median over rounds of its time over the first one's, and the standard error of that median; the first
     has its milliseconds. Rounds of ``BLOCK`` steps each; the order turns from round to round."""
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    start = time.process_time()
-    for step in steps.values():
-        step()
-    rounds = max(7, int(seconds / BLOCK / (time.process_time() - start)))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+
+    def block(c: Contestant, steps: int) -> float:
+        c.enter()
+        start = time.process_time()
+        for _ in range(steps):
+            c.step()
+        spent = time.process_time() - start
+        c.leave()
+        return spent
+
+    for c in field.values():
+        block(c, 3)
+    rounds = max(7, int(seconds / BLOCK / sum(block(c, 2) / 2 for c in field.values())))
+    times: dict[str, list[float]] = {name: [] for name in field}
+    names = list(field)
     for k in range(rounds):
         for name in names[k % len(names) :] + names[: k % len(names)]:
-            start = time.process_time()
-            for _ in range(BLOCK):
-                steps[name]()
-            times[name].append(time.process_time() - start)
+            times[name].append(block(field[name], BLOCK))
     base = names[0]
     out = {base: (1e3 * min(times[base]) / BLOCK, 0.0)}
     for name in names[1:]:
@@ -125,7 +146,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of processor time for each case")
     parser.add_argument("--only", nargs="*", help="cases: transformer convolutions perceptron step")
     options = parser.parse_args()
-    modes = ("plain", "plain again", "syre", "every step", "shift")
     print(f"{torch.get_num_threads()} thread(s); ratio to plain decay (limit {LIMIT} for syre as it comes), with its standard error")
     cases: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         "transformer": (Transformer, torch.randn(8, 128, 256)),
@@ -136,11 +156,10 @@ def main() -> None:
         if options.only and name not in options.only:
             continue
         for rule in RULES if name == "perceptron" else ["AdamW"]:
-            report(f"training step, {name}, {rule}", race({mode: training(make, x, rule, mode) for mode in modes}, options.seconds))
+            report(f"training step, {name}, {rule}", race(training(make, x, rule), options.seconds))
     for fused in (False, True):
         if not options.only or "step" in options.only:
-            found = race({mode: stepping(mode, fused) for mode in modes if mode != "shift"}, options.seconds)
-            report(f"AdamW step alone, 25 M parameters, {'fused' if fused else 'loop'}", found)
+            report(f"AdamW step alone, 25 M parameters, {'fused' if fused else 'loop'}", race(stepping(fused), options.seconds))
 
 
 def report(title: str, found: dict[str, tuple[float, float]]) -> None:
