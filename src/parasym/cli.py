@@ -257,15 +257,17 @@ def watch_tail(
     epilog=(
         "[bold]Methods[/]\n\n"
         "balance    rescale so that what every unit receives and sends out has one norm (all charges zero)\n\n"
-        "teleport   move along the symmetries to --to minimum-norm, int8 (least damage by rounding to 8 bits), balance, or agreement\n\n"
+        "teleport   move along the symmetries to --to minimum-norm, int8 (least damage by rounding to 8 bits), balance, agreement, "
+        "sharpness or noise-equilibrium\n\n"
         "compress   cut dead, duplicate and dependent units; the outputs stay\n\n"
         "prune      set the least important weights to zero (SynFlow); no layer collapses\n\n"
         "revive     draw units anew that are dead on any data, or repeat others; the outputs stay (--trust-inputs: on the examples)\n\n"
-        "None of these needs a loss or training data: the example inputs of TARGET are used to trace the network and to certify on.\n\n"
-        "[bold]Not here[/]\n\n"
-        "Teleport to sharpness or to the noise equilibrium, snip and grasp scores need a loss and its data; syre, dcs and spred act while "
-        "a network trains. They are Python calls: parasym.methods.teleport, prune, syre, dcs, spred; `parasym audit` prints the line for "
-        "what it finds.\n\n"
+        "[bold]What data they need[/]\n\n"
+        "any inputs of the right shapes, TARGET's own: balance, minimum-norm, agreement, prune, compress, revive\n\n"
+        "inputs like those in training: compress and revive with --trust-inputs (a unit is dead if these never switch it on), int8\n\n"
+        "a loss and its data, by --data: sharpness and noise-equilibrium; agreement may have them, and then judges by the loss midway\n\n"
+        "a loss or a training run, so Python calls: snip and grasp scores; syre, dcs, spred (parasym.methods.prune, syre, dcs, spred); "
+        "`parasym audit` prints the line for what it finds.\n\n"
         "Of a .pt2 program the weights are written under their names in the network it was made from: load them there, export again.\n\n"
         "[bold]Examples[/]\n\n"
         "parasym fix train.py:build_model --weights best.safetensors --method compress --out small.safetensors\n\n"
@@ -274,6 +276,8 @@ def watch_tail(
         "parasym fix net.py:build --weights b.safetensors --method teleport --to agreement --reference a.safetensors "
         "--out b-like-a.safetensors\n\n"
         "parasym fix net.py:build --method prune --keep 0.1 --out sparse.safetensors\n\n"
+        "parasym fix net.py:build --method teleport --to noise-equilibrium --data net.py:loss_and_data --batch-size 32 "
+        "--out calm.safetensors\n\n"
         "[bold]Exit codes[/]  0 written, and its certificate holds · 1 the certificate does not hold, nothing was written · "
         "2 the input or the command cannot be used · 3 a weights file was refused · 4 parasym itself failed (--debug shows where)"
     )
@@ -286,8 +290,19 @@ def fix(
         Path | None, typer.Option(help="Weights to load first: .safetensors, or .pt/.pth with tensors only.", metavar="FILE")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The network, when TARGET is a weights file.", metavar="TARGET")] = None,
-    to: Annotated[str | None, typer.Option(help="teleport: minimum-norm, int8, balance or agreement.", metavar="AIM")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="teleport: minimum-norm, int8, balance, agreement, sharpness or noise-equilibrium.", metavar="AIM"),
+    ] = None,
     reference: Annotated[Path | None, typer.Option(help="teleport --to agreement: the checkpoint to agree with.", metavar="FILE")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="teleport: a function without arguments that returns (loss_fn, (inputs, targets)); for aims that need a loss.",
+            metavar="FILE.py:FUNCTION",
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="teleport --to noise-equilibrium: of the SGD meant.", min=1)] = None,
     keep: Annotated[float | None, typer.Option(help="prune: fraction of the weights to keep, such as 0.1.")] = None,
     score: Annotated[str, typer.Option(help="prune: synflow, magnitude or random.")] = "synflow",
     trust_inputs: Annotated[
@@ -298,11 +313,11 @@ def fix(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Apply a remedy that needs no training data, certify it, and write the new weights; TARGET is not touched."""
+    """Apply a remedy that needs no training, certify it, and write the new weights; TARGET is not touched."""
     with _errors_explained(debug):
         _check_new_weights(out, force)
         room = importlib.import_module("parasym.methods.fix")
-        wish = room.Wish(method, to, reference, keep, score, trust_inputs, seed)
+        wish = room.Wish(method, to, reference, keep, score, trust_inputs, seed, data, batch_size)
         room.check(wish)
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         load = importlib.import_module("parasym.core.load")

@@ -146,24 +146,7 @@ def load_on_meta(target: str, model: str | None) -> Loaded:
 
 
 def _from_callable(target: str) -> Loaded:
-    place, _, name = target.rpartition(":")
-    module = _import(place)
-    found: Any = module
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise InputError(f"{place} has no {name!r}.{_guess(part, dir(found))} Name a callable that it defines.")
-        found = getattr(found, part)
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise InputError(
-                f"{target} is a {type(found).__name__}; it must be a callable that returns a model, (model, args) or (model, args, kwargs)."
-            )
-        try:
-            found = found()
-        except Exception as error:
-            raise InputError(
-                f"Calling {target}() failed: {type(error).__name__}: {error}. It is called without arguments and must build the model."
-            ) from error
+    found = load_object(target, "it must be a callable that returns a model, (model, args) or (model, args, kwargs)", nn.Module)
     parts = found if isinstance(found, tuple) else (found,)
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
         kinds = ", ".join(type(part).__name__ for part in parts)
@@ -179,6 +162,31 @@ def _from_callable(target: str) -> Loaded:
             "They must be a tuple and a dict."
         )
     return Loaded(parts[0], args, dict(kwargs), type(parts[0]).__name__)
+
+
+def load_object(target: str, what: str, done: type | None = None) -> Any:
+    """What the callable of ``file.py:callable`` or ``package.module:callable`` returns; an instance of ``done`` is not called.
+
+    Args:
+        what: it must be, for the error.
+
+    Raises:
+        InputError: there is none, it cannot be called, or it fails.
+    """
+    place, _, name = target.rpartition(":")
+    found: Any = _import(place)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise InputError(f"{place} has no {name!r}.{_guess(part, dir(found))} Name a callable that it defines.")
+        found = getattr(found, part)
+    if done is not None and isinstance(found, done):
+        return found
+    if not callable(found):
+        raise InputError(f"{target} is a {type(found).__name__}; {what}.")
+    try:
+        return found()
+    except Exception as error:
+        raise InputError(f"Calling {target}() failed: {type(error).__name__}: {error}. It is called without arguments; {what}.") from error
 
 
 def _import(place: str) -> ModuleType:
