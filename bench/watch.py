@@ -6,14 +6,16 @@
 default budget. ``adamw``: the same with the Trainer's default optimiser, which has no exact law. ``cnn``: a small CNN in a plain loop, also
 with Cockpit where it is installed (directories of PEERS: ``pip install --no-deps --target DIR cockpit-for-pytorch backpack-for-pytorch``).
 
-Watched and unwatched runs alternate in one process. CPU seconds of the steps after the first ten (the search for symmetries comes before
-them and is printed by itself); the ratio is that of the smallest of each.
+Unwatched and watched runs alternate in one process, in turns of changing order. Each round gives a ratio of the CPU seconds of the steps
+after the first ten (the search for symmetries comes before them and is printed by itself) and one of the wall clock, which another load on
+the machine can move; the median over the rounds is told with the smallest and the largest.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -32,6 +34,28 @@ from parasym.watch.record import Record
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 WARM = 10
+
+
+Seconds = tuple[float, float]
+"""CPU and wall."""
+
+
+def now() -> Seconds:
+    """Both clocks."""
+    return time.process_time(), time.perf_counter()
+
+
+def alternate(rounds: int, run: Callable[[bool], Seconds]) -> tuple[str, float]:
+    """Rounds of one unwatched and one watched run, in turns of changing order; the ratios in words, and the median unwatched CPU seconds."""
+    plain, watched = [], []
+    for r in range(rounds):
+        for watch in (False, True) if r % 2 == 0 else (True, False):
+            (watched if watch else plain).append(run(watch))
+    words = []
+    for k, clock in enumerate(("CPU", "wall")):
+        ratios = [w[k] / p[k] for w, p in zip(watched, plain, strict=True)]
+        words.append(f"{statistics.median(ratios):.3f} {clock} ({min(ratios):.3f} to {max(ratios):.3f})")
+    return f"watched / unwatched, median of {rounds} rounds: {', '.join(words)}", statistics.median(p[0] for p in plain)
 
 
 def text() -> torch.Tensor:
@@ -57,8 +81,8 @@ class Lines(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {"input_ids": x, "labels": x}
 
 
-def trainer(rule: str, steps: int, path: Path | None) -> tuple[float, dict[str, Any]]:
-    """CPU seconds of the steps after the warm-up, and what the watch says."""
+def trainer(rule: str, steps: int, path: Path | None) -> tuple[Seconds, dict[str, Any]]:
+    """Seconds of the steps after the warm-up, and what the watch says."""
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
     ids = text()
@@ -79,10 +103,10 @@ def trainer(rule: str, steps: int, path: Path | None) -> tuple[float, dict[str, 
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
             if state.global_step == WARM:
-                clock["start"] = time.process_time()
+                clock["start"] = now()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-            clock["end"] = time.process_time()
+            clock["end"] = now()
             if self.watcher is not None:
                 self.watcher.close()
                 budget = self.watcher.budget
@@ -99,7 +123,7 @@ def trainer(rule: str, steps: int, path: Path | None) -> tuple[float, dict[str, 
             optimizers = (torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=1e-4), None)
         run = Trainer(model, arguments, train_dataset=Lines(ids, 64), callbacks=[Clock()], optimizers=optimizers)
         run.train()
-    return clock["end"] - clock["start"], clock
+    return (clock["end"][0] - clock["start"][0], clock["end"][1] - clock["start"][1]), clock
 
 
 def families(path: Path) -> None:
@@ -123,7 +147,7 @@ def families(path: Path) -> None:
             exact = seen.status[-1] == "ok"
             law = record.series(f"{name}: {'residual of the step' if exact else 'gradient along the orbit'}", where)
             table.setdefault(kind(where, name), []).append((float(error.value[-1]), float(law.value.max()), len(seen.step), exact))
-    print(f"  {'charge':18} {'families':>8} {'observed':>8} {'prediction error':>17} {'residual of the law':>21}  law")
+    print(f"  {'charge':18} {'families':>8} {'looks':>8} {'prediction error':>17} {'residual of the law':>21}  law")
     for name, found in sorted(table.items()):
         error = torch.tensor([f[0] for f in found])
         print(
@@ -134,19 +158,24 @@ def families(path: Path) -> None:
 
 def main_trainer(rule: str, steps: int, rounds: int) -> None:
     """Interleaved pairs."""
-    plain, watched, last = [], [], {}
+    last: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.sqlite"
-        for _ in range(rounds):
-            plain.append(trainer(rule, steps, None)[0])
-            path.unlink(missing_ok=True)
-            seconds, last = trainer(rule, steps, path)
-            watched.append(seconds)
+
+        def run(watch: bool) -> Seconds:
+            if watch:
+                path.unlink(missing_ok=True)
+            seconds, clock = trainer(rule, steps, path if watch else None)
+            if watch:
+                last.update(clock)
+            return seconds
+
+        words, plain = alternate(rounds, run)
         size = Record.open(path).meta["parameters"]
-        each = min(plain) / (steps - WARM)
-        print(f"{rule}: GPT of {size:,} parameters, Hugging Face Trainer, {steps} steps of {1e3 * each:.0f} ms CPU, budget 5 %")
-        ratios = ", ".join(f"{w / p:.3f}" for w, p in zip(watched, plain, strict=True))
-        print(f"  watched / unwatched: {min(watched) / min(plain):.3f} (rounds: {ratios})")
+        print(
+            f"{rule}: GPT of {size:,} parameters, Hugging Face Trainer, {steps} steps of {1e3 * plain / (steps - WARM):.0f} ms CPU, "
+            f"budget 5 %\n  {words}"
+        )
         info = last["watch"]
         print(
             f"  by the watch's own clock {info['overhead']:.1%} of the run; search for symmetries, once: {sum(info['once'].values()):.1f} s"
@@ -170,7 +199,7 @@ def main_cnn(steps: int, rounds: int) -> None:
             nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10),
         )  # fmt: skip
 
-    def loop(path: Path | None) -> tuple[float, Any]:
+    def loop(path: Path | None) -> tuple[Seconds, Any]:
         model = net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         watcher = None
@@ -178,23 +207,26 @@ def main_cnn(steps: int, rounds: int) -> None:
             watcher = parasym.watch(model, optimizer, F.cross_entropy, batch=(X[:32], y[:32]), path=path)
         for k in range(steps):
             if k == WARM:
-                start = time.process_time()
+                start = now()
             optimizer.zero_grad()
             F.cross_entropy(model(X), y).backward()
             optimizer.step()
-        end = time.process_time()
+        end = now()
         if watcher is not None:
             watcher.close()
-        return (end - start) / (steps - WARM), watcher
+        return (end[0] - start[0], end[1] - start[1]), watcher
 
-    plain, watched, watcher = [], [], None
+    held: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
-        for r in range(rounds):
-            plain.append(loop(None)[0])
-            seconds, watcher = loop(Path(folder) / f"{r}.sqlite")
-            watched.append(seconds)
-    unit = min(plain)
-    print(f"cnn: plain SGD step {1e3 * unit:.1f} ms CPU; watched / unwatched at the default budget: {min(watched) / unit:.3f}")
+
+        def run(watch: bool) -> Seconds:
+            seconds, watcher = loop(Path(folder) / f"{len(held)}.sqlite" if watch else None)
+            held.extend([watcher] if watch else [])
+            return seconds
+
+        words, plain = alternate(rounds, run)
+    watcher, unit = held[-1], plain / (steps - WARM)
+    print(f"cnn: plain SGD step {1e3 * unit:.1f} ms CPU, budget 5 %\n  {words}")
     for name, m in watcher.budget.meters.items():
         if m.times:
             print(f"    {name:10} {m.times:4d} times, {m.costs[-1] / watcher.budget.step_time:.1f} steps each")
@@ -234,7 +266,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["trainer", "adamw", "cnn"])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     for what in options.what:
         if what == "cnn":

@@ -370,8 +370,8 @@ def test_a_prediction_without_the_size_of_the_step_misses(tmp_path: Path, monkey
     """Control: the source taken with the wrong sign is far outside of the error bar."""
     law = Books._law
 
-    def wrong(self: Books, book: Any, at: Any) -> None:
-        law(self, book, at)
+    def wrong(self: Books, book: Any, *given: Any) -> None:
+        law(self, book, *given)
         book.parts["source"] = -book.parts["source"]
 
     monkeypatch.setattr(Books, "_law", wrong)

@@ -75,7 +75,7 @@ class Charge:
     level: Level = "function"
     approximate: bool = False
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters it is made of."""
         return tuple(dict.fromkeys(b.place.parameter for b in self.blocks))
@@ -108,16 +108,22 @@ class Charge:
         return self.forms((x, y), ((0, 1),), scale, power)[0]
 
     def forms(
-        self, vectors: Sequence[Params], pairs: Sequence[tuple[int, int]], scale: Mapping[str, float] | None = None, power: int = 1
+        self,
+        vectors: Sequence[Params],
+        pairs: Sequence[tuple[int, int]],
+        scale: Mapping[str, float] | None = None,
+        power: int = 1,
+        dtype: torch.dtype = torch.float64,
     ) -> Tensor:
         """Several forms q(vectors[i], vectors[j]) in one pass over the vectors; the other arguments as in `form`.
+
+        Args:
+            dtype: of the products within a block; what they add up to is float64 always.
 
         Returns:
             Tensor (pairs, *shape), float64.
         """
-        first = vectors[pairs[0][0]]
-        device = next((first[n].device for n in self.parameters if n in first), torch.device("cpu"))
-        totals = [torch.zeros(self.shape, dtype=torch.float64, device=device) for _ in pairs]
+        totals: list[Tensor | None] = [None] * len(pairs)
         for block in self.blocks:
             name = block.place.parameter
             factor = block.weight**power * (scale.get(name, 1.0) if scale is not None else 1.0)
@@ -128,13 +134,17 @@ class Charge:
                 for v in (i,) if self.kind == "linear" else (i, j):
                     key = id(vectors[v][name])
                     if key not in seen:
-                        seen[key] = units(vectors[v][name], block.place).to(torch.float64)
+                        seen[key] = units(vectors[v][name], block.place).to(dtype)
                 other = None if self.kind == "linear" else seen[id(vectors[j][name])]
                 totals[k] = self._added(totals[k], block, seen[id(vectors[i][name])], other, factor)
-        return torch.stack(totals)
+        if any(t is None for t in totals):
+            first = vectors[pairs[0][0]]
+            device = next((first[n].device for n in self.parameters if n in first), torch.device("cpu"))
+            totals = [torch.zeros(self.shape, dtype=torch.float64, device=device) if t is None else t for t in totals]
+        return totals[0][None] if len(totals) == 1 else torch.stack(totals)  # type: ignore[index, arg-type]
 
-    def _added(self, total: Tensor, block: Block, u: Tensor, v: Tensor | None, factor: float) -> Tensor:
-        """A total with one block's part of q(u, v) added; u and v: (rest, n, m) float64."""
+    def _added(self, total: Tensor | None, block: Block, u: Tensor, v: Tensor | None, factor: float) -> Tensor:
+        """A total with one block's part of q(u, v) added; u and v: (rest, n, m)."""
         at = block.copy if block.copy.device == u.device else block.copy.to(u.device)
         axes = (0, 1) if at.shape[0] == 1 else (1,)  # the rest axes belong to one copy, so they are summed at once
         if self.kind == "linear":
@@ -148,8 +158,10 @@ class Charge:
         each = each.reshape(-1, self.size, self.size) if self.kind == "matrix" else each.reshape(-1)
         if self.kind == "matrix":
             each = 0.5 * (each + each.transpose(-1, -2))
-        if block.one_each and len(each) == len(total):
-            return torch.add(total, each, alpha=factor)
+        each = each if each.dtype == torch.float64 else each.to(torch.float64)
+        if block.one_each and len(each) == self.count:
+            return torch.add(total, each, alpha=factor) if total is not None else each * factor if factor != 1 else each
+        total = torch.zeros(self.shape, dtype=torch.float64, device=each.device) if total is None else total
         return total.index_add(0, at.reshape(-1), each, alpha=factor)
 
     def act(self, params: Params, element: Tensor) -> dict[str, Tensor]:

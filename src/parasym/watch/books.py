@@ -5,6 +5,13 @@ state just before it, so what it says of that step can be held against what the 
 the law are carried on: each part divided by its own power of the learning rate varies slowly, and the learning rates of the steps that
 nobody looked at are known. The running prediction is the sum from the start; its standard error comes from how much the parts differed
 from one observed step to the next. Observed at every step, it is the exact ledger.
+
+Looking at a step has two halves. The *parts* of the law (a glance) cost one or two forms; the charge itself, its error and its residual (a
+look) cost several. Parts differ from step to step by the noise of a batch, and what a step shows stands for few steps beside it
+(1 / (1 - beta) under momentum beta), so glances are many and looks are few.
+
+For SGD the sum is a prediction: its parts come from weights, gradients and momentum before a step, never from what a step did to the charge.
+For any other rule the parts are read off the steps that were looked at: a reconstruction from a sample of the steps.
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from torch import Tensor
 from parasym.laws.charges import Charge
 from parasym.laws.ledger import decoupled, size_of
 from parasym.measure.findings import common
+from parasym.watch.finding import is_sharded
 from parasym.watch.record import Row
 
 Params = Mapping[str, Tensor]
@@ -54,13 +62,12 @@ class Book:
     violations: int = 0
     # of the step that is being observed
     value: Tensor | None = None
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)  # those that are missing are zero
     exact: bool = False
     why: str = ""
     along: float | None = None
     waits: bool = False  # for a step at which its metric can be told
     slack: float = 0.0
-    kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,6 +100,9 @@ class Books:
         self._gap = [[0.0, 0.0, 0.0] for _ in optimizer.param_groups]
         self._skipped = 0
         self._squares: dict[tuple[str, str], float] = {}
+        self._old: dict[str, Tensor] = {}  # weights before the step, of charges without a law
+        self._moves: dict[str, tuple[Tensor, Tensor]] = {}
+        self._steps: dict[str, tuple[Tensor | None, Tensor]] = {}
         self.coarse = torch.finfo(torch.float32).eps  # precision that gradients are computed in
         names: dict[tuple[str, str], int] = {}
         self.books = []
@@ -154,27 +164,34 @@ class Books:
 
     # -- an observed step --------------------------------------------------------------------------------------------------------
 
-    def before(self, late_gradient: bool) -> None:
+    def before(self, late_gradient: bool, glance: bool = False) -> None:
         """Read the state before the step.
 
         Args:
             late_gradient: the gradient exists only inside the step (a closure): keep the weights for after it.
+            glance: only the parts of the law are asked for, not the charge and its checks.
         """
         self._regroup()
-        self._squares = {}
+        self._squares, self._moves, self._steps = {}, {}, {}
+        kept: dict[str, None] = {}
         for book in self.books:
             if book.waits and (metric := self._metric(book.names)) is not None:
                 book.metric, book.waits = metric, False
-            book.exact, book.parts, book.kept, book.along = False, {}, {}, None
-            book.why = book.note or ("the gradient is computed inside the step" if late_gradient else self._obstacle(book))
-            theta = {n: self.params[n].detach() for n in book.names}
-            if not book.why:
-                self._law(book, {n: self.whole(p) for n, p in theta.items()})
+            book.exact, book.parts, book.along = False, {}, None
+            if glance and book.predicted is None:
                 continue
-            book.kept = {n: p.clone() for n, p in theta.items()}
-            gradients = {} if late_gradient else self._gradients(book)
-            at = {n: self.whole(p) for n, p in theta.items()}
-            book.value = self._state(book, at, gradients)[0]
+            book.why = book.note or ("the gradient is computed inside the step" if late_gradient else self._obstacle(book))
+            if not book.why:
+                self._law(book, self._at(book), glance)
+                continue
+            kept.update(dict.fromkeys(book.names))
+            if not (glance or late_gradient) and (gradients := self._gradients(book)):
+                self._state(book, self._at(book), gradients)
+        self._old = {n: self.params[n].detach().clone() for n in kept}
+
+    def _at(self, book: Book) -> dict[str, Tensor]:
+        """The present weights of a charge."""
+        return {n: self.whole(self.params[n].detach()) for n in book.names}
 
     def _gradients(self, book: Book) -> dict[str, Tensor]:
         scale = getattr(self.optimizer, "grad_scale", None)  # a fused optimiser unscales by itself
@@ -186,17 +203,26 @@ class Books:
                 out[n] = g if scale is None else g / scale.to(g.device, g.dtype)
         return out
 
-    def _state(self, book: Book, at: Params, gradients: Params, pairs: Sequence[tuple[Params, Params]] = ()) -> list[Tensor]:
-        """The charge's value and further forms, in one pass; without a law also how far the gradient has a part along the orbit."""
+    def _fast(self, book: Book) -> torch.dtype:
+        """What a glance multiplies in: the parameters' own precision, at least single."""
+        return torch.float64 if any(self.params[n].dtype == torch.float64 for n in book.names) else torch.float32
+
+    def _state(
+        self,
+        book: Book,
+        at: Params,
+        gradients: Params,
+        pairs: Sequence[tuple[Params, Params]] = (),
+        dtype: torch.dtype = torch.float64,
+    ) -> list[Tensor]:
+        """Forms in one pass, and what precision explains of a residual; without a law also the gradient's part along the orbit."""
         charge = book.charge
-        plain = all(m == 1 for m in book.metric.values())
-        asked = [(at, at)] if plain else []
-        asked += pairs
-        asked += [(gradients, at)] if gradients and not book.exact else []
+        asked = [*pairs, *([(gradients, at)] if gradients and not book.exact else [])]
         vectors: list[Params] = []
         for pair in asked:
             vectors += [v for v in dict(zip(map(id, pair), pair, strict=True)).values() if not any(v is w for w in vectors)]
-        found = list(charge.forms(vectors, [tuple(_index(vectors, v) for v in pair) for pair in asked])) if asked else []  # type: ignore[misc]
+        at_ = [tuple(_index(vectors, v) for v in pair) for pair in asked]
+        found = list(charge.forms(vectors, at_, dtype=dtype)) if asked else []  # type: ignore[arg-type]
         if gradients:
             push = math.sqrt(sum(self._square(n, g) for n, g in gradients.items()))
             norm = push * (1.0 if charge.kind == "linear" else math.sqrt(sum(self._square(n, at[n], "weight") for n in gradients)))
@@ -205,7 +231,7 @@ class Books:
             if not book.exact:
                 along = found.pop()
                 book.along = float(along.square().mean().sqrt()) / norm if norm > 0 and along.numel() else 0.0
-        return found if plain else [charge(at, book.metric), *found]
+        return found
 
     def _square(self, name: str, value: Tensor, side: str = "gradient") -> float:
         """|value|^2; several charges ask for the same."""
@@ -237,91 +263,144 @@ class Books:
         buffer = self.optimizer.state.get(self.params[name], {}).get("momentum_buffer")
         return None if buffer is None else buffer.detach()
 
-    def _law(self, book: Book, at: Params) -> None:
-        """What SGD's next step will do to the charge: decay, its own size, inertia (`Ledger`, from the measured state)."""
+    def _law(self, book: Book, at: Params, glance: bool = False) -> None:
+        """What SGD's next step will do to the charge: decay, its own size, inertia (`Ledger`), from the measured state; at a glance
+        with the predicted value in the decay."""
         charge, group = book.charge, self._of(book.names[0])
         book.exact = True
         g = self._gradients(book)
+        plain = all(m == 1 for m in book.metric.values())
+        value = book.predicted if glance else None if plain else charge(at, book.metric)
         if not g:
-            (book.value,) = self._state(book, at, g)
-            book.parts, book.slack = dict.fromkeys(_PARTS, torch.zeros_like(book.value)), 0.0
+            book.value = charge(at, book.metric) if value is None else value
+            book.slack = 0.0
             return
         eta, mu = float(group["lr"]) * book.metric[book.names[0]], float(group["momentum"])
         gamma = float(group["weight_decay"]) / book.metric[book.names[0]]
-        sign = -1 if group["maximize"] else 1
-        step = {}
-        for n in book.names:
-            wd = float(self._of(n)["weight_decay"])
-            step[n] = g[n] if sign > 0 and not wd else torch.add(sign * g[n] if sign < 0 else g[n], at[n], alpha=wd)
-        held, keep = {}, 1.0
-        if mu:
-            d, buffers = step, {n: self._buffer(n) for n in book.names}
-            held = {n: self.whole(b) for n, b in buffers.items() if b is not None}
-            keep = 1 - float(group["dampening"]) if held else 1.0
-            step = {n: torch.add(mu * held[n], d[n], alpha=keep) if n in held else d[n] for n in book.names}
-            if group["nesterov"]:
-                step = {n: torch.add(d[n], step[n], alpha=mu) for n in book.names}
-        linear, plain = charge.kind == "linear", all(m == 1 for m in book.metric.values())
-        pairs = [(held, held) if linear else (at, held)] if held else []
+        steps = {n: self._step(n, g[n], at[n]) for n in book.names}
+        step = {n: s for n, (_, s) in steps.items()}
+        held = {n: h for n, (h, _) in steps.items() if h is not None}
+        keep = 1 - float(group["dampening"]) if held else 1.0
+        linear = charge.kind == "linear"
+        pairs = [(at, at)] if value is None else []
+        pairs += [(held, held) if linear else (at, held)] if held else []
         pairs += [] if linear or not plain else [(step, step)]
-        book.value, *forms = self._state(book, at, g, pairs)
-        pull = keep * gamma * book.value
-        inertia = mu * forms.pop(0) if held else torch.zeros_like(book.value)
-        if mu and group["nesterov"]:
-            pull, inertia = gamma * book.value + mu * pull, mu * inertia
-        source = torch.zeros_like(book.value)
-        if not linear:
-            source = eta**2 * (forms.pop(0) if plain else charge.form(step, step, {n: 1 / m for n, m in book.metric.items()}))
+        forms = self._state(book, at, {} if glance else g, pairs, self._fast(book) if glance else torch.float64)
+        book.value = forms.pop(0) if value is None else value
         half = 1.0 if linear else 2.0
-        book.parts = {"decay": -half * eta * pull, "source": source, "cross": -half * eta * inertia}
+        if gamma:
+            book.parts["decay"] = -half * eta * gamma * (1 + mu * keep if group["nesterov"] else keep) * book.value
+        if held:
+            book.parts["cross"] = -half * eta * mu * (mu if group["nesterov"] else 1.0) * forms.pop(0)
+        if not linear:
+            q = forms.pop(0) if plain else charge.form(step, step, {n: 1 / m for n, m in book.metric.items()})
+            book.parts["source"] = eta**2 * q
+
+    def _step(self, name: str, g: Tensor, at: Tensor) -> tuple[Tensor | None, Tensor]:
+        """SGD's momentum of a parameter (None where there is none yet), and the step it will take over the rate; charges share it."""
+        if name in self._steps:
+            return self._steps[name]
+        group, held = self._of(name), None
+        d = -g if group["maximize"] else g
+        d = torch.add(d, at, alpha=float(group["weight_decay"])) if group["weight_decay"] else d
+        step, mu = d, float(group["momentum"])
+        if mu:
+            if (buffer := self._buffer(name)) is not None:
+                held = self.whole(buffer)
+                step = torch.add(held * mu, d, alpha=1 - float(group["dampening"]))
+            if group["nesterov"]:
+                step = torch.add(d, step, alpha=mu)
+        if not is_sharded(self.params[name]):  # of a sharded one the whole is let go
+            self._steps[name] = held, step
+        return held, step
 
     def after(self, step: int) -> tuple[list[Row], list[Book]]:
         """Read the state after the step; returns the rows, and the charges whose law did not hold."""
         rows: list[Row] = []
         broken = []
         for book in self.books:
-            assert book.value is not None
             charge = book.charge
             if book.waits:
-                book.kept, note = {}, "a learning rate is zero: the ratio that weights its parameters is not known yet"
+                note = "a learning rate is zero: the ratio that weights its parameters is not known yet"
                 rows.append(Row(book.label, book.where, "charge", math.nan, status="not_applicable", note=note))
                 continue
-            at = {n: self.whole(self.params[n].detach()) for n in book.names}
-            now = charge(at, book.metric)
-            if not book.exact:
-                book.parts = self._identity(book, at)
-            book.kept = {}
-            if not math.isfinite(float(now.sum() + sum(p.sum() for p in book.parts.values()))):
-                book.predicted, book.rates, book.variance = None, {}, 0.0
+            now = charge(self._at(book), book.metric) if book.exact else self._identity(book)
+            if not self._finite(book, now):
                 rows.append(Row(book.label, book.where, "charge", math.nan, status="not_converged", note="a weight is not finite"))
                 continue
             if book.seen % 20 == 0:
-                book.size = size_of(charge, at, book.metric)
+                book.size = size_of(charge, self._at(book), book.metric)
             book.seen += 1
             self._advance(book)
             rows += self._rows(book, now)
             if book.violations == 3:
                 broken.append(book)
-        self._gap = [[0.0, 0.0, 0.0] for _ in self.optimizer.param_groups]
-        self._skipped = 0
+        self._close_step()
         return rows, broken
 
-    def _identity(self, book: Book, now: Params) -> dict[str, Tensor]:
-        """theta' = dec theta - w with the decoupled decay known: (dec^2 - 1) Q, q(w, w) and the cross term -2 dec q(theta, w)."""
-        dec, move, old = {}, {}, {n: self.whole(p) for n, p in book.kept.items()}
-        for n in book.names:
-            dec[n] = 1.0
-            group = self._of(n) if id(self.params[n]) in self._group else {}
-            if (lr := rate_of(group)) is not None and decoupled(self.optimizer, group):
-                dec[n] = 1 - lr * float(group["weight_decay"])
-            move[n] = dec[n] * old[n] - now[n] if dec[n] != 1 else old[n] - now[n]
+    def glance(self) -> None:
+        """Take in what the step did to the parts, without measuring the charges: after ``before(glance=True)``."""
+        for book in self.books:
+            if book.waits or book.predicted is None:
+                continue
+            if not book.exact:
+                self._identity(book, glance=True)
+            self._advance(book)
+        self._close_step()
+
+    def _close_step(self) -> None:
+        self._gap = [[0.0, 0.0, 0.0] for _ in self.optimizer.param_groups]
+        self._skipped = 0
+        self._old, self._moves, self._steps = {}, {}, {}
+
+    def _finite(self, book: Book, now: Tensor) -> bool:
+        """Whether all numbers are. A charge of which some are not, or were not at a glance, is predicted anew."""
+        good = bool(torch.stack([now.sum(), *(p.sum() for p in book.parts.values())]).isfinite().all())
+        if not good or (book.predicted is not None and not math.isfinite(float(book.predicted.sum()))):
+            book.predicted, book.rates, book.variance = None, {}, 0.0
+        return good
+
+    def _identity(self, book: Book, glance: bool = False) -> Tensor:
+        """What a step without a law did: theta' = dec theta - w, with the decoupled decay dec known, changes Q by (dec^2 - 1) Q and by
+        q(w, w) - 2 dec q(theta, w) = -q(w, dec theta + theta'), counted as the cross term. Returns the charge after it (at a glance
+        what is predicted of it before)."""
         charge, metric = book.charge, book.metric
-        if charge.kind == "linear":
-            decay = charge(old, {n: metric[n] * (dec[n] - 1) for n in book.names})
-            return {"decay": decay, "source": torch.zeros_like(decay), "cross": -charge.form(move, move, metric)}
-        decay = charge(old, {n: metric[n] * (dec[n] ** 2 - 1) for n in book.names})
-        cross = charge.form(old, move, {n: -2 * dec[n] * metric[n] for n in book.names})
-        return {"decay": decay, "source": charge.form(move, move, metric), "cross": cross}
+        moves = {n: self._move(n) for n in book.names}
+        w, both = ({n: m[k] for n, m in moves.items()} for k in (0, 1))
+        power = 1 if charge.kind == "linear" else 2
+        kept = {n: self._kept(n) ** power for n in book.names}
+        if glance:
+            assert book.predicted is not None
+            now = book.predicted
+            (cross,) = -charge.forms([w, both], [(0, 1)], metric, dtype=self._fast(book))
+        else:
+            now, cross = charge.forms([self._at(book), w, both], [(0, 0), (1, 2)], metric)
+            cross = -cross
+        book.parts, share = {"cross": cross}, kept[book.names[0]]
+        if len(set(kept.values())) > 1 or share <= 0:
+            old = {n: self.whole(self._old[n]) for n in book.names}
+            book.parts["decay"] = charge(old, {n: metric[n] * (kept[n] - 1) for n in book.names})
+        elif share != 1:
+            book.parts["decay"] = (share - 1) * (now if glance else (now - cross) / share)
+        book.value = now if glance else now - sum(book.parts.values())
+        return now
+
+    def _kept(self, name: str) -> float:
+        """What a decoupled decay leaves of a parameter."""
+        group = self._of(name) if id(self.params[name]) in self._group else {}
+        lr = rate_of(group)
+        return 1 - lr * float(group["weight_decay"]) if lr is not None and decoupled(self.optimizer, group) else 1.0
+
+    def _move(self, name: str) -> tuple[Tensor, Tensor]:
+        """(w, dec theta + theta') of a parameter; several charges share it."""
+        if name in self._moves:
+            return self._moves[name]
+        old, now, dec = self.whole(self._old[name]), self.whole(self.params[name].detach()), self._kept(name)
+        kept = old if dec == 1 else dec * old
+        pair = kept - now, kept + now
+        if not is_sharded(self.params[name]):
+            self._moves[name] = pair  # of a sharded one the whole is let go
+        return pair
 
     def _advance(self, book: Book) -> None:
         """Carry the prediction over the steps since the last observation, and over this one."""
@@ -329,7 +408,7 @@ class Books:
         group = self.optimizer.param_groups[at]
         lr = _pace(group)
         power = (lr * float(group.get("weight_decay") or 0.0), lr * lr, lr)
-        rates = {k: book.parts[k] / w for k, w in zip(_PARTS, power, strict=True) if w > 0}  # a step of rate zero shows none
+        rates = {k: book.parts[k] / w for k, w in zip(_PARTS, power, strict=True) if w > 0 and k in book.parts}
         if book.predicted is None:
             assert book.value is not None
             book.predicted, book.start = book.value.clone(), book.value.clone()
@@ -343,9 +422,9 @@ class Books:
             # an observed rate of spread s stands for its neighbourhood: variance s^2, and E (difference)^2 = 2 s^2; with momentum this
             # is more than the truth, because what inertia adds at one step it takes back at the next
             book.variance += 0.5 * spread**2
-        for k in _PARTS:
-            book.predicted = book.predicted + book.parts[k]
-        book.rates = {**book.rates, **rates}
+        for part in book.parts.values():
+            book.predicted = book.predicted + part
+        book.rates = {**book.rates, **rates}  # a step of rate zero shows none
 
     def _rows(self, book: Book, now: Tensor) -> list[Row]:
         assert book.predicted is not None and book.start is not None and book.value is not None
@@ -364,7 +443,7 @@ class Books:
         if book.variance:
             notes.append("the standard error is that of the prediction")
         moved, error = now - book.start, now - book.predicted
-        residual = now - book.value - book.parts["decay"] - book.parts["source"] - book.parts["cross"]
+        residual = now - book.value - sum(book.parts.values())
         size, off, worst = torch.stack([moved.square().mean().sqrt(), error.square().mean().sqrt(), residual.abs().max()]).tolist()
         rows = [
             Row(

@@ -3,7 +3,8 @@
 Every measurement has a share of the budget. Its allowance grows with each step by that share of the step's time (a median, so that
 evaluations and checkpoints between steps do not count), and each measurement spends what it was seen to cost. It is due again
 when the allowance covers the next one. A measurement that was never made is expected to cost a stated number of steps, so that a
-dear one does not fall on a short run unpaid.
+dear one does not fall on a short run unpaid; for the first quarter of its wait it lends its share to the others, because the run may end
+before.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -146,11 +147,17 @@ class Budget:
         m.current = 0.0
         m.last, m.times = step, m.times + 1
 
-    def plan(self, step: int) -> None:
-        """Say for each measurement when it is due next, from what is known at this step."""
+    def covered(self, name: str, step: int) -> None:
+        """A measurement was made at this step as part of another one."""
+        self.meters[name].last, self.meters[name].times = step, self.meters[name].times + 1
+
+    def plan(self, step: int, names: Sequence[str] | None = None) -> None:
+        """Say for each measurement (or for ``names``) when it is due next, from what is known at this step."""
         time = self.step_time
         rates = self._rates(step, time) if self.share is not None and time > 0 else {}
         for name, m in self.meters.items():
+            if names is not None and name not in names:
+                continue
             if not m.active:
                 m.next = NEVER
             elif self.share is None:
@@ -167,8 +174,11 @@ class Budget:
         """Seconds each measurement is allowed per step: its share of the budget, and of what others cannot use at their ``every``."""
         assert self.share is not None
         left = max(self.share * time - self.light / max(step - self.start, 1), 0.05 * self.share * time)
-        open_ = {n: m for n, m in self.meters.items() if m.active}
-        rates: dict[str, float] = {}
+        active = {n: m for n, m in self.meters.items() if m.active}
+        part = left / max(sum(m.share for m in active.values()), 1e-12)
+        lends = {n for n, m in active.items() if not m.times and m.prior * time > 4 * (step - self.start) * part * m.share}
+        open_ = {n: m for n, m in active.items() if n not in lends}
+        rates: dict[str, float] = dict.fromkeys(lends, 1e-12 * time)
         while open_:
             total = sum(m.share for m in open_.values())
             full = {n: m.cost(time) / m.every for n, m in open_.items() if m.times and m.cost(time) / m.every < left * m.share / total}

@@ -38,11 +38,12 @@ from parasym.watch.sinks import Sink, Sinks, ready
 
 log = logging.getLogger("parasym")
 
-MEASURES = ("core", "noise", "samples", "collapse", "sharpness")
-"""core: charges, norms, rates, loss; noise: gradients of successive steps and of micro-batches; samples: gradients of single samples."""
+MEASURES = ("core", "drift", "noise", "samples", "collapse", "sharpness")
+"""core: charges, norms, rates, loss; drift: how fast the charges change, for their predictions; noise: gradients of successive steps and
+of micro-batches; samples: gradients of single samples."""
 
-_SHARES = {"core": 0.7, "noise": 0.05, "samples": 0.05, "collapse": 0.1, "sharpness": 0.1}
-_PRIORS = {"core": 0.0, "noise": 0.2, "samples": 5.0, "collapse": 10.0, "sharpness": 60.0}  # in steps, until one was timed
+_SHARES = {"core": 0.2, "drift": 0.5, "noise": 0.05, "samples": 0.05, "collapse": 0.1, "sharpness": 0.1}
+_PRIORS = {"core": 0.0, "drift": 0.3, "noise": 0.2, "samples": 5.0, "collapse": 10.0, "sharpness": 60.0}  # in steps, until one was timed
 _REPLAN = 8  # steps between two looks at the plan
 _FAR = 200  # ranks meet at least so often, to plan anew
 _HARMLESS = ("closing", "a sink", "reading the first batch")  # what may fail without ending the watch
@@ -119,6 +120,8 @@ class Watch:
         for name, m in meters.items():
             m.active = name in measure
             m.next = step + 1 if not m.prior or budget is None else step + 3
+        if self._sharded or self._idle or not meters["core"].active:  # shards would be gathered for it, which costs what a look costs
+            meters["drift"].active = False
         self.budget = Budget(budget, meters)
         self.budget.start = step
         made = ready(sinks) if self._rank == 0 else []  # before there is a record: a name that is wrong leaves none behind
@@ -225,7 +228,7 @@ class Watch:
         closure = next((a for a in (*args, *kwargs.values()) if callable(a) and not isinstance(a, torch.optim.Optimizer)), None)
         if closure is None or self._line_search:
             self._enter(closure is not None)
-        if closure is None or (self._line_search and "core" not in self._due):
+        if closure is None or (self._line_search and not {"core", "drift"} & set(self._due)):
             return None
         called = self._counting(closure)
         return tuple(called if a is closure else a for a in args), {k: called if v is closure else v for k, v in kwargs.items()}
@@ -236,7 +239,7 @@ class Watch:
             if self._is_skipped():
                 return
             self.step += 1
-            self._due = tuple(n for n, m in self.budget.meters.items() if m.active and m.next <= self.step)
+            self._due = self._now_due()
             if self._idle or self._silent:
                 return
             if self._pairs.waiting:
@@ -252,6 +255,13 @@ class Watch:
                 elif self._books is not None:
                     self._books.skip()
 
+    def _now_due(self) -> tuple[str, ...]:
+        """What is to be measured at this step; looking at the charges takes in their drift."""
+        due = [n for n, m in self.budget.meters.items() if m.active and m.next <= self.step]
+        if "drift" in due and ("core" in due or self._books is None):
+            due.remove("drift")
+        return tuple(due)
+
     def _before(self, late: bool) -> None:
         """The first half of what is due, before the step; ``late``: its gradient comes from a closure inside the step."""
         if self._books is None:
@@ -261,6 +271,9 @@ class Watch:
             with self.budget.measuring("core"):
                 self._books.before(late)
                 self._norms()
+        elif "drift" in self._due:
+            with self.budget.measuring("drift"):
+                self._books.before(late, glance=True)
         else:
             self._books.skip()
         if "noise" in self._due:
@@ -288,7 +301,7 @@ class Watch:
             else:
                 self._line_search = True
                 with self._safely("a second call of the closure"):
-                    if "core" in self._due and self._books is not None:
+                    if {"core", "drift"} & set(self._due) and self._books is not None:
                         self._books.skip()
                     self._due = ()
                     self._pairs.drop()
@@ -315,6 +328,10 @@ class Watch:
             return
         with self.budget.hook(), torch.no_grad():
             due, self._due = self._due, ()
+            if due == ("drift",) and not (self._rows or self._alerts):  # the first rank's own affair, and nothing to write
+                with self._safely("planning"):
+                    self.budget.plan(self.step, ("drift",) if self._meets else None)
+                return
             if self._meets and due:
                 self._agree()  # also when this rank failed: the others wait for it
             if not self._silent:
@@ -357,6 +374,7 @@ class Watch:
         if self._coarse is None:
             self._coarse = _eps(torch.bfloat16)  # not known: gradients may come from autocast
         self._books.coarse = max(self._coarse, *(_eps(p.dtype) for p in self._params.values()))
+        self.budget.meters["drift"].active &= bool(self._books.books)
         self._activate()
         if self._stored is not None:
             self._restore_books()
@@ -461,6 +479,11 @@ class Watch:
                         "round-off allow", "does the loss have this symmetry (no penalty on weights, the same mode)?", "charge",
                     )  # fmt: skip
             self.budget.finished("core", self.step)
+            self.budget.covered("drift", self.step)
+        elif "drift" in self._due and self._books is not None:
+            with self.budget.measuring("drift"):
+                self._books.glance()
+            self.budget.finished("drift", self.step)
         if "noise" in self._due and self._pairs.waiting and not (self._distributed or self._sharded):
             self._micro.arm(self._trained)
         for name, run in (("collapse", self._collapse), ("samples", self._samples), ("sharpness", self._sharpness)):
@@ -585,9 +608,9 @@ class Watch:
         if self._agreed is not None:
             self._rows.append(Row("loss", "", "loss", self._agreed, note=f"mean over {dist.get_world_size()} ranks"))
             self._agreed = self._mine = None
-        for n in due:
+        for n in (*due, *(("drift",) if "core" in due else ())):
             m = meters[n]
-            if m.active and m.times:
+            if m.active and m.times and (n != "drift" or m.costs):
                 note = f"next at step {m.next}; {m.times} so far"
                 self._rows.append(
                     Row(f"seconds of {n}", "", "cost", m.costs[-1] if m.costs else self.budget.once.get(f"first {n}", 0.0), note=note)
