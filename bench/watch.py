@@ -46,7 +46,7 @@ def now() -> Seconds:
 
 
 def alternate(rounds: int, run: Callable[[bool], Seconds]) -> tuple[str, float]:
-    """Rounds of one unwatched and one watched run, in turns of changing order; the ratios in words, and the median unwatched CPU seconds."""
+    """Rounds of an unwatched and a watched run, in turns of changing order; the ratios in words, and the median unwatched CPU seconds."""
     plain, watched = [], []
     for r in range(rounds):
         for watch in (False, True) if r % 2 == 0 else (True, False):

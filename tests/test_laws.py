@@ -721,3 +721,27 @@ def test_charges_are_found_with_the_reasons_where_there_are_none() -> None:
                 CE(net(X), y).backward()
                 optimizer.step()
         assert all(a.exact and a.residual < 1e-12 for a in ledger.accounts())
+
+
+def test_a_direction_that_dropout_masks_has_no_charge_in_training() -> None:
+    """A norm takes the mean out of a stream, and not out of a masked one: the gradient tells which charges are left."""
+
+    def network(p: float) -> nn.Sequential:
+        torch.manual_seed(0)
+        parts = [nn.Linear(4, 6), nn.Dropout(p), nn.LayerNorm(6), nn.Linear(6, 8), nn.ReLU(), nn.Dropout(p), nn.Linear(8, 3)]
+        return nn.Sequential(*parts)
+
+    x, y = torch.randn(16, 4, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
+    trained = network(0.3)
+    kept, all_ = charges(trained, (x,)), charges(network(0.0), (x,))
+    nn.functional.cross_entropy(trained(x), y).backward()
+    params = dict(trained.named_parameters())
+    along = {}
+    for c in all_:
+        gradient = {n: params[n].grad for n in c.parameters}
+        along[c.name, c.parameters] = float(c.form(gradient, {n: params[n].detach() for n in c.parameters}).abs().max())
+    left = {(c.name, c.parameters) for c in kept}
+    assert len(left) == 3 and {k for k, v in along.items() if v < 1e-5} == left
+    assert len(along) == 5 and min(v for k, v in along.items() if k not in left) > 1e-3
+    assert sum("dropout" in why for _, why in kept.without) == 2
+    assert {(c.name, c.parameters) for c in charges(trained.eval(), (x,))} == set(along)  # the evaluated network has them all

@@ -31,6 +31,7 @@ from parasym.watch.books import Books
 from parasym.watch.budget import Budget, Meter
 from parasym.watch.noise import MicroNoise, PairNoise
 from parasym.watch.record import Record
+from parasym.watch.summary import summary
 
 N = 96
 
@@ -333,6 +334,34 @@ def test_the_law_that_holds_under_any_rule(rule: Any, tmp_path: Path) -> None:
         watch.close()
         seen = series(tmp_path / act.__name__ / "run.sqlite", "first: gradient along the orbit", "0")
         assert set(seen.status) == status and (seen.value.max() <= 1e-14) == (act is nn.ReLU)
+
+
+def line_searches(path: Path, act: Callable[[], nn.Module], search: str | None) -> None:
+    """Three watched steps of a rule that calls its closure several times."""
+    model = mlp(0, act, dtype=torch.float64)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4, line_search_fn=search)
+    x, y = data(torch.float64)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        (loss := F.cross_entropy(model(x), y)).backward()
+        return loss
+
+    with parasym.watch(model, optimizer, path=path, budget=None, measure=("core",), charges=charges_of(model)) as watch:
+        for _ in range(3):
+            optimizer.step(closure)
+    assert not watch._silent
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_a_rule_that_calls_its_closure_again_is_held_to_that_law_too(search: str | None, tmp_path: Path) -> None:
+    for act, status in ((nn.ReLU, {"ok"}), (nn.Tanh, {"violated"})):  # in a tanh network the charges are false
+        path = tmp_path / act.__name__ / "run.sqlite"
+        line_searches(path, act, search)
+        seen = series(path, "first: gradient along the orbit", "0")
+        assert len(seen.step) == 3 and set(seen.status) == status and (seen.value.max() <= 1e-14) == (act is nn.ReLU)
+        with Record.open(path) as record:
+            assert all(c["violated"] == (act is nn.Tanh) for c in summary(record)["charges"])
 
 
 @pytest.mark.parametrize("rule", [torch.optim.Adam, torch.optim.AdamW])

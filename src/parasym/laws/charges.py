@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -464,11 +465,12 @@ def discover(
 ) -> tuple[ChargeSet, list[Symmetry]]:
     """As `charges`, and the symmetries they were taken from. The model may be on the meta device: no weights are read then."""
     with rng_state():
-        model = _still(functional(model, values=False).model)
+        trained = functional(model, values=False).model
+        model = _still(trained)
         symmetries = _symmetries(model, args, kwargs, seed, head)
         exact = charges_of(symmetries)
         if not (approximate and any(isinstance(getattr(m, "eps", None), float) for m in model.modules())):
-            return exact, symmetries
+            return _under_dropout(exact, trained, model, args, kwargs, seed), symmetries
         twin = copy.deepcopy(model)
         for m in twin.modules():
             if isinstance(getattr(m, "eps", None), float):
@@ -476,11 +478,12 @@ def discover(
         ideal = charges_of(_symmetries(twin, args, kwargs, seed, None))  # the head sees no eps
     known = {(c.name, c.parameters) for c in exact}
     more = tuple(replace(c, approximate=True) for c in ideal if (c.name, c.parameters) not in known)
-    return ChargeSet((*exact.charges, *more), exact.without), symmetries
+    found = ChargeSet((*exact.charges, *more), exact.without)
+    return _under_dropout(found, trained, model, args, kwargs, seed), symmetries
 
 
 def _still(model: nn.Module) -> nn.Module:
-    """The model without its dropout: a mask is part of the sample, and an elementwise one keeps every unit's symmetry."""
+    """The model without its dropout: a mask is part of the sample, and what acts on each unit by itself does not see it."""
     if not any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in model.modules()):
         return model
     model = copy.deepcopy(model)
@@ -488,6 +491,45 @@ def _still(model: nn.Module) -> nn.Module:
         if isinstance(m, _DropoutNd):
             m.p = 0.0
     return model
+
+
+def _under_dropout(
+    found: ChargeSet, trained: nn.Module, still: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, seed: int
+) -> ChargeSet:
+    """The charges that are left where dropout masks the sample: a direction that mixes units (the mean of a stream, which a norm removes
+    from whole streams and not from masked ones) is none of the function that is trained.
+
+    Each is judged by its group element on one mask, with the same weights without a mask beside it: what moves both is not dropout's.
+    """
+    if trained is still or any(p.is_meta for p in trained.parameters()):
+        return found
+    masked, plain = copy.deepcopy(trained).double(), copy.deepcopy(still).double()
+    given, named = pytree.tree_map(
+        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, (tuple(args), dict(kwargs or {}))
+    )
+    params = {n: p.detach() for n, p in masked.named_parameters()}
+    generator = torch.Generator().manual_seed(seed)
+
+    def output(model: nn.Module, moved: Params) -> Tensor:
+        with rng_state(), torch.no_grad():
+            torch.manual_seed(seed)
+            out = torch.func.functional_call(model, dict(moved), given, named)
+        return torch.cat([t.flatten() for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()])
+
+    def moves(model: nn.Module, moved: Params, base: Tensor) -> float:
+        return float((output(model, moved) - base).norm() / base.norm().clamp_min(1e-300))
+
+    bases = output(masked, {}), output(plain, {})
+    kept, lost = [], []
+    for charge in found.charges:
+        element = 0.1 * torch.randn(charge.shape, generator=generator, dtype=torch.float64)
+        moved = charge.act(params, element + element.mT if charge.kind == "matrix" else element)
+        off = moves(masked, moved, bases[0])
+        if off > 1e-8 and off > 100 * moves(plain, moved, bases[1]):
+            lost.append((charge.name, "dropout masks what it acts on: a symmetry of the evaluated network, not of the trained one"))
+        else:
+            kept.append(charge)
+    return ChargeSet(tuple(kept), (*found.without, *lost))
 
 
 def _symmetries(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, seed: int, head: Any) -> list[Symmetry]:

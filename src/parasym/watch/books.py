@@ -10,8 +10,8 @@ Looking at a step has two halves. The *parts* of the law (a glance) cost one or 
 look) cost several. Parts differ from step to step by the noise of a batch, and what a step shows stands for few steps beside it
 (1 / (1 - beta) under momentum beta), so glances are many and looks are few.
 
-For SGD the sum is a prediction: its parts come from weights, gradients and momentum before a step, never from what a step did to the charge.
-For any other rule the parts are read off the steps that were looked at: a reconstruction from a sample of the steps.
+For SGD the sum is a prediction: its parts come from weights, gradients and momentum before a step, never from what a step did to the
+charge. For any other rule the parts are read off the steps that were looked at: a reconstruction from a sample of the steps.
 """
 
 from __future__ import annotations
@@ -189,6 +189,13 @@ class Books:
                 self._state(book, self._at(book), gradients)
         self._old = {n: self.params[n].detach().clone() for n in kept}
 
+    def orbits(self) -> None:
+        """Hold the gradient that is there now against the orbits, at the weights that are there now."""
+        self._squares = {}
+        for book in self.books:
+            if not (book.waits or book.exact) and (gradients := self._gradients(book)):
+                self._state(book, self._at(book), gradients)
+
     def _at(self, book: Book) -> dict[str, Tensor]:
         """The present weights of a charge."""
         return {n: self.whole(self.params[n].detach()) for n in book.names}
@@ -246,7 +253,7 @@ class Books:
         if any(g[k] != first[k] for g in groups for k in ("momentum", "dampening", "nesterov", "maximize")):
             return "its parameters have different momentum settings"
         rates = [float(g["lr"]) * book.metric[n] for g, n in zip(groups, book.names, strict=True)]
-        if min(rates) <= 0:
+        if min(rates) <= 0 < max(rates):  # where all are, the step does nothing, as its law says
             return "a learning rate is zero"
         if max(rates) - min(rates) > 1e-12 * abs(max(rates)):
             return "the ratio of the learning rates of its parameters changed"

@@ -112,11 +112,6 @@ def is_sharded(p: Tensor) -> bool:
     return hasattr(p, "full_tensor") and hasattr(p, "placements")
 
 
-def whole(p: Tensor) -> Tensor:
-    """A tensor, gathered from all ranks where it is sharded: then every rank must ask for it at the same moment."""
-    return p.full_tensor() if is_sharded(p) else p  # type: ignore[attr-defined, no-any-return]
-
-
 def hollow_copy(model: nn.Module) -> nn.Module:
     """The same architecture on the meta device, without hooks and without what ``fully_shard`` made of its classes.
 

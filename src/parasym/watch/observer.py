@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 import time as clock
 import warnings
 import weakref
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from parasym.core.errors import InputError, RecordError
@@ -29,10 +31,11 @@ from parasym.laws.charges import Charge
 from parasym.measure.gradients import LossFn
 from parasym.watch.books import Books, rate_of
 from parasym.watch.budget import NEVER, Budget, Meter
-from parasym.watch.finding import Found, few, find, is_sharded, whole
+from parasym.watch.finding import Found, few, find, is_sharded
 from parasym.watch.noise import MicroNoise, PairNoise
 from parasym.watch.noise import restore as restore_pairs
 from parasym.watch.probe import COLLAPSED, collapse_rows, collapse_summary, remedy_of, sample_rows, sharpness_rows
+from parasym.watch.ranks import OtherRankError, Ranks
 from parasym.watch.record import Alert, Record, Row
 from parasym.watch.sinks import Sink, Sinks, ready
 
@@ -100,6 +103,7 @@ class Watch:
         self._params = _live(self._inner)
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._sharded = any(is_sharded(p) for p in self._params.values())
+        self._ranks = Ranks(several and self._sharded, next((p.device for p in self._params.values()), torch.device("cpu")))
         self._distributed = several and (self._sharded or type(model).__name__ == "DistributedDataParallel")  # ranks step together
         self._rank = dist.get_rank() if several else 0
         self._meets = self._distributed  # ranks agree on the plan; no longer once they step apart (``join``)
@@ -112,6 +116,7 @@ class Watch:
         self._alerted: dict[tuple[str, str], float] = {}
         self._loss: dict[str, Any] = {}
         self._due: tuple[str, ...] = ()
+        self._paired = False  # the noise was due at the last step: this one is the second of the pair
         self._rows: list[Row] = []
         self._alerts: list[tuple[Any, ...]] = []
         self._stored: Mapping[str, Any] | None = None
@@ -122,6 +127,8 @@ class Watch:
             m.next = step + 1 if not m.prior or budget is None else step + 3
         if self._sharded or self._idle or not meters["core"].active:  # shards would be gathered for it, which costs what a look costs
             meters["drift"].active = False
+        for m in meters.values():
+            m.next = m.next if m.active else NEVER
         self.budget = Budget(budget, meters)
         self.budget.start = step
         made = ready(sinks) if self._rank == 0 else []  # before there is a record: a name that is wrong leaves none behind
@@ -239,25 +246,45 @@ class Watch:
             if self._is_skipped():
                 return
             self.step += 1
-            self._due = self._now_due()
-            if self._idle or self._silent:
+            self._due, paired = self._now_due(), self._paired
+            self._paired = "noise" in self._due
+            if self._idle or (self._silent and not self._sharded):
                 return
-            if self._pairs.waiting:
-                with self.budget.measuring("noise"):
-                    self._rows += self._pairs.compare(self._trained, self._unit())
-                    self._micro_rows()
-                self.budget.finished("noise", self.step)
-            with rng_state():
-                if self._books is None and self._stored is not None:
-                    self._prepare()  # of a resumed run: its predictions go on from its first step
-                if self._due:
-                    self._before(late)
-                elif self._books is not None:
-                    self._books.skip()
+            if self._due or paired or (self._stored is not None and self._books is None):
+                with self._together(), rng_state():
+                    self._observe(late)
+            elif self._books is not None:
+                self._books.skip()
+
+    def _observe(self, late: bool) -> None:
+        """What is to be done before a step at which something is due."""
+        if self._pairs.waiting:
+            with self.budget.measuring("noise"):
+                self._rows += self._pairs.compare(self._trained, self._unit())
+                self._micro_rows()
+            self.budget.finished("noise", self.step)
+        if self._books is None and self._stored is not None:
+            self._prepare()  # of a resumed run: its predictions go on from its first step
+        if self._due:
+            self._before(late)
+        elif self._books is not None:
+            self._books.skip()
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around work that ranks of a sharded run do together; if it fails on one, watching ends on all, and all know."""
+        try:
+            with self._ranks.section():
+                if self._silent:
+                    raise OtherRankError("watching had failed before")  # and nothing was exchanged since
+                yield
+        except Exception:
+            self._told = self._told or self._sharded
+            raise
 
     def _now_due(self) -> tuple[str, ...]:
         """What is to be measured at this step; looking at the charges takes in their drift."""
-        due = [n for n, m in self.budget.meters.items() if m.active and m.next <= self.step]
+        due = [n for n, m in self.budget.meters.items() if (m.active or self._sharded) and m.next <= self.step]
         if "drift" in due and ("core" in due or self._books is None):
             due.remove("drift")
         return tuple(due)
@@ -294,9 +321,12 @@ class Watch:
             calls += 1
             if calls == 1 and "loss" not in self._loss and isinstance(loss, Tensor | float):
                 self.log(loss=loss)
-            if self.closed or self._gone or self._line_search:
+            if self.closed or self._gone:
                 return loss
-            if calls == 1:
+            if self._line_search:
+                if calls == 1:
+                    self._orbits()
+            elif calls == 1:
                 self._enter()
             else:
                 self._line_search = True
@@ -309,6 +339,13 @@ class Watch:
 
         return called
 
+    def _orbits(self) -> None:
+        """Hold the charges against the gradient of a closure's first call: the law that is left to a rule that calls it again."""
+        if "core" not in self._due or self._books is None:
+            return
+        with self.budget.hook(), self._safely("in the closure"), torch.no_grad(), self.budget.measuring("core"), self._together():
+            self._books.orbits()
+
     def _is_skipped(self) -> bool:
         """A fused optimiser under a loss scaler is called for steps it will not take."""
         found = getattr(self.optimizer, "found_inf", None)
@@ -318,9 +355,11 @@ class Watch:
         if self.closed or self._gone:
             return
         with self.budget.hook(ends_step=True), torch.no_grad():
-            if not (self._idle or self._silent) and (self._due or self._rows):
+            if self._due and not self._idle and (self._sharded or not self._silent):
                 with self._safely("after the step"), rng_state():
-                    self._after()
+                    with self._together():
+                        self._after()
+                    self._probe()
         if not (self._due or self._rows or self._alerts):
             if self.step % _REPLAN == 0 and not self._meets:  # first guesses of costs and times do not stand for long
                 with self._safely("planning"):
@@ -332,7 +371,7 @@ class Watch:
                 with self._safely("planning"):
                     self.budget.plan(self.step, ("drift",) if self._meets else None)
                 return
-            if self._meets and due:
+            if self._meets and set(due) - {"drift"}:  # a glance is the first rank's own affair
                 self._agree()  # also when this rank failed: the others wait for it
             if not self._silent:
                 with self._safely("planning"):
@@ -352,7 +391,7 @@ class Watch:
 
     def _prepare(self) -> None:
         """Find what there is to watch, once."""
-        call = self._given or self._captured
+        call = self._shared(self._given or self._captured)
         charges: Sequence[Charge] = self._charges or ()
         wanted = self._charges is None and self.budget.meters["core"].active
         with self.budget.setting_up("finding symmetries"):
@@ -370,7 +409,7 @@ class Watch:
                 text = "a charge names a parameter the model does not have"
                 self._tell("warn", unknown[0], text, "find the charges on this model", "charge")
                 charges = [c for c in charges if all(n in self._params for n in c.parameters)]
-            self._books = Books(charges, self.optimizer, self._params, whole)
+            self._books = Books(charges, self.optimizer, self._params, self._ranks.whole)
         if self._coarse is None:
             self._coarse = _eps(torch.bfloat16)  # not known: gradients may come from autocast
         self._books.coarse = max(self._coarse, *(_eps(p.dtype) for p in self._params.values()))
@@ -388,10 +427,21 @@ class Watch:
 
     def _search(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Found | None:
         """Search; where the model is sharded on every rank alike, on the first rank's batch: they must agree on what to gather."""
-        if self._sharded:
-            held = [call]
-            dist.broadcast_object_list(held, src=0)
-            call = held[0]
+        found = self._search_here(call)
+        return found if self._ranks.everywhere(found is not None) else None
+
+    def _shared(self, call: Any) -> Any:
+        """The first rank's batch, where the model is sharded."""
+        if not self._ranks.sharded:
+            return call
+        cpu = pytree.tree_map(lambda t: t.cpu() if isinstance(t, Tensor) else t, call)
+        held = [pickle.dumps(cpu) if self._rank == 0 else None]  # before the others wait for it: it may fail
+        self._ranks.everywhere(True)
+        dist.broadcast_object_list(held, src=0)
+        assert held[0] is not None
+        return pickle.loads(held[0])
+
+    def _search_here(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Found | None:
         try:
             return find(self._inner, call[0], call[1], head=self.head, seed=self.seed)
         except Exception as error:
@@ -486,6 +536,9 @@ class Watch:
             self.budget.finished("drift", self.step)
         if "noise" in self._due and self._pairs.waiting and not (self._distributed or self._sharded):
             self._micro.arm(self._trained)
+
+    def _probe(self) -> None:
+        """What is measured at the new weights."""
         for name, run in (("collapse", self._collapse), ("samples", self._samples), ("sharpness", self._sharpness)):
             if name in self._due and self.budget.meters[name].active:
                 with self.budget.measuring(name):
@@ -520,13 +573,13 @@ class Watch:
 
     def _collapse(self) -> None:
         assert self.found is not None
-        size = sum(p.numel() for p in self._params.values())
-        data = size <= _DATA_COLLAPSE and not self._sharded
-        held = {n: p.detach() for n, p in self._params.items()}
-        read = _Whole(held) if self._sharded else held
         try:
-            rows = collapse_rows(self.found, read, data)
-        except (InputError, RuntimeError, ValueError) as error:
+            with self._ranks.section():
+                data = sum(p.numel() for p in self._params.values()) <= _DATA_COLLAPSE and not self._sharded
+                held = {n: p.detach() for n, p in self._params.items()}
+                read = _Whole(held, self._ranks.whole) if self._sharded else held
+                rows = collapse_rows(self.found, read, data)
+        except (InputError, OtherRankError, RuntimeError, ValueError) as error:
             self._give_up("collapse", f"{type(error).__name__}: {str(error)[:200]}")
             return
         summary = collapse_summary(rows, self._seen_collapse)
@@ -714,7 +767,7 @@ class Watch:
         """One transfer for many one-number tensors; those of shards are reduced."""
         if not scalars:
             return []
-        plain = [whole(s) for s in scalars]
+        plain = self._ranks.gather(scalars)
         if len({t.device for t in plain}) > 1:
             return [float(t) for t in plain]
         return torch.stack(plain).tolist()  # type: ignore[no-any-return]
@@ -785,11 +838,11 @@ class _FirstCall:
 class _Whole(Mapping[str, Tensor]):
     """Sharded parameters, gathered when they are read."""
 
-    def __init__(self, held: Mapping[str, Tensor]) -> None:
-        self._held = held
+    def __init__(self, held: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]) -> None:
+        self._held, self._whole = held, whole
 
     def __getitem__(self, name: str) -> Tensor:
-        return whole(self._held[name])
+        return self._whole(self._held[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._held)

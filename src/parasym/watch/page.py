@@ -114,9 +114,13 @@ def _facts(found: Mapping[str, Any]) -> list[str]:
     groups = meta.get("groups") if isinstance(meta.get("groups"), list) else []
     given = [group.get("lr") for group in groups or () if isinstance(group, dict)]
     rates = sorted({float(rate) for rate in given if isinstance(rate, int | float)})
+    seen = [item for item in found["rate"] if item["name"] == "learning rate" and item["high"] is not None]
+    if seen:  # a schedule that warms up starts from zero
+        rates = sorted({rate for item in seen for rate in (item["low"], item["high"])})
+    scheduled = any(item["low"] != item["high"] for item in seen)
     facts: list[str] = [
         f"{meta['parameters']:,} parameters" if isinstance(meta.get("parameters"), int) else "",
-        str(meta.get("optimizer", "")) + (f", learning rate {', '.join(f'{rate:g}' for rate in rates[:3])}" if rates else ""),
+        str(meta.get("optimizer", "")) + (f", learning rate {_rates(rates, scheduled)}" if rates else ""),
         f"{meta['ranks']} ranks" if isinstance(meta.get("ranks"), int) and meta["ranks"] > 1 else "",
         f"steps {found['first_step']:,} to {found['last_step']:,}, {found['observations']:,} of them observed"
         if found["last_step"] is not None
@@ -125,6 +129,10 @@ def _facts(found: Mapping[str, Any]) -> list[str]:
         state,
     ]
     return [fact for fact in facts if fact]
+
+
+def _rates(rates: Sequence[float], scheduled: bool) -> str:
+    return f"{min(rates):g} to {max(rates):g}" if scheduled else ", ".join(f"{rate:g}" for rate in rates[:3])
 
 
 def _tiles(found: Mapping[str, Any]) -> list[dict[str, str]]:
