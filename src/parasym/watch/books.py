@@ -110,6 +110,7 @@ class Books:
             where = c.parameters[0] if len(c.parameters) == 1 else common(c.parameters)
             count = names[c.name, where] = names.get((c.name, where), 0) + 1
             self.books.append(self._open(c, c.name if count == 1 else f"{c.name} ({count})", where))
+        self._held = [params[n] for n in dict.fromkeys(n for b in self.books for n in b.names)]
 
     def _open(self, charge: Charge, label: str, where: str) -> Book:
         names, note = charge.parameters, ""
@@ -355,6 +356,26 @@ class Books:
             self._advance(book)
         self._close_step()
 
+    def stamps(self) -> list[tuple[int, int]]:
+        """What changes when a weight of a charge is written."""
+        return [(p._version, p.data_ptr()) for p in self._held]
+
+    def close(self) -> list[Row]:
+        """The charges at the end, beside what the last parts that were seen make of the steps since."""
+        rows: list[Row] = []
+        for book in self.books:
+            if book.waits or book.predicted is None:
+                continue
+            now = book.charge(self._at(book), book.metric)
+            at = self._group.get(id(self.params[book.names[0]]), 0)
+            for k, total in zip(_PARTS, self._gap[at], strict=True):
+                if k in book.rates:
+                    book.predicted = book.predicted + total * book.rates[k]
+            if self._finite(book, now) and now.numel():
+                rows += self._told(book, now)
+        self._close_step()
+        return rows
+
     def _close_step(self) -> None:
         self._gap = [[0.0, 0.0, 0.0] for _ in self.optimizer.param_groups]
         self._skipped = 0
@@ -433,13 +454,10 @@ class Books:
             book.predicted = book.predicted + part
         book.rates = {**book.rates, **rates}  # a step of rate zero shows none
 
-    def _rows(self, book: Book, now: Tensor) -> list[Row]:
-        assert book.predicted is not None and book.start is not None and book.value is not None
+    def _told(self, book: Book, now: Tensor) -> list[Row]:
+        """The charge and its prediction."""
+        assert book.predicted is not None and book.start is not None
         name, where = book.label, book.where
-        if not now.numel():
-            return []
-        eps = max(torch.finfo(self.params[n].dtype).eps for n in book.names)
-        limit = eps * 32 * book.size + book.slack
         notes = [book.why] if book.why else []
         if any(id(self.params[n]) in self._group and rate_of(self._of(n)) is None for n in book.names):
             notes.append("its optimiser states no learning rate: every step counts alike")
@@ -450,19 +468,29 @@ class Books:
         if book.variance:
             notes.append("the standard error is that of the prediction")
         moved, error = now - book.start, now - book.predicted
-        residual = now - book.value - sum(book.parts.values())
-        size, off, worst = torch.stack([moved.square().mean().sqrt(), error.square().mean().sqrt(), residual.abs().max()]).tolist()
-        rows = [
+        size, off = torch.stack([moved.square().mean().sqrt(), error.square().mean().sqrt()]).tolist()
+        return [
             Row(
                 name, where, "charge", book.mean(now), book.mean(book.predicted), math.sqrt(book.variance) if book.variance else None,
                 "ok" if book.exact else "not_applicable", "; ".join(notes),
             ),
             Row(
-                f"{name}: prediction error", where, "charge", off / max(size, eps * 32 * book.size, 1e-300), status="ok",
+                f"{name}: prediction error", where, "charge", off / max(size, self._round_off(book), 1e-300), status="ok",
                 note=f"root mean square over {book.charge.numbers} numbers, relative to the change since the start",
             ),
         ]  # fmt: skip
+
+    def _round_off(self, book: Book) -> float:
+        """What the weights' own precision may do to the charge in a step."""
+        return max(torch.finfo(self.params[n].dtype).eps for n in book.names) * 32 * book.size
+
+    def _rows(self, book: Book, now: Tensor) -> list[Row]:
+        assert book.value is not None
+        if not now.numel():
+            return []
+        name, where, rows = book.label, book.where, self._told(book, now)
         if book.exact:
+            worst, limit = float((now - book.value - sum(book.parts.values())).abs().max()), self._round_off(book) + book.slack
             bad = worst > limit and not book.charge.approximate
             book.violations = book.violations + 1 if bad else 0
             rows.append(

@@ -116,6 +116,7 @@ class Watch:
         self._alerted: dict[tuple[str, str], float] = {}
         self._loss: dict[str, Any] = {}
         self._due: tuple[str, ...] = ()
+        self._stamps: list[tuple[int, int]] | None = None  # of the weights after the last step, where it was not looked at
         self._paired = False  # the noise was due at the last step: this one is the second of the pair
         self._rows: list[Row] = []
         self._alerts: list[tuple[Any, ...]] = []
@@ -182,12 +183,21 @@ class Watch:
                 hook.remove()
         self._micro.disarm()
         with self._safely("closing"):
+            self._last_look()
             self._missed()
             self._flush()
         with self._safely("a sink"):
             self.sinks.close()
         if self.record is not None:
             self.record.close(outcome)
+
+    def _last_look(self) -> None:
+        """Look at the charges once more, so that every step of the run is in what they are held against. Not where that takes all ranks,
+        and not where something else than the optimiser wrote the weights since (the best ones of the run were loaded)."""
+        if self._silent or self._books is None or self._stamps is None or self._stamps != self._books.stamps():
+            return
+        with torch.no_grad(), rng_state():
+            self._rows += self._books.close()
 
     def _missed(self) -> None:
         """Say which measurements the budget never allowed."""
@@ -360,6 +370,9 @@ class Watch:
                     with self._together():
                         self._after()
                     self._probe()
+        with self._safely("after the step"):
+            looked = self._sharded or "core" in self._due or self._books is None
+            self._stamps = None if looked or self._books is None else self._books.stamps()
         if not (self._due or self._rows or self._alerts):
             if self.step % _REPLAN == 0 and not self._meets:  # first guesses of costs and times do not stand for long
                 with self._safely("planning"):

@@ -29,7 +29,10 @@ _TITLES = {
     "charge": (
         "Charges",
         "Each symmetry has a charge that training changes only by discretisation, noise, weight decay and, under adaptive optimisers, a "
-        "cross term. Solid: measured on the weights. Dashed: predicted, with a band of two standard errors.",
+        "cross term. Solid: measured on the weights. Dashed: what the law's parts add up to from the start, with a band of two standard "
+        "errors. Under SGD that is a prediction: the parts come from the state before each step, never from what it did to the charge. "
+        "Under any other rule it is a reconstruction: what some steps were seen to do stands for the steps between. Errors are relative to "
+        "the change of the charge since the start.",
     ),
     "collapse": (
         "Collapse",
@@ -152,7 +155,7 @@ def _tiles(found: Mapping[str, Any]) -> list[dict[str, str]]:
             "tone": "bad" if loss and loss["last"] is None else "",
         },
         {
-            "title": "charges as predicted",
+            "title": f"charges as {'predicted' if all(item['status'] == 'ok' for item in judged) else 'reconstructed'}",
             "value": f"{kept} of {len(judged)}" if judged else "–",
             "note": f"median error {share(float(np.median([item['error'] for item in judged])))} of their change"
             if judged
