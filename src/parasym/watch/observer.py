@@ -235,6 +235,12 @@ class Watch:
             kinds = {p.device.type for p in self._params.values()}
             self._coarse = max([_eps(torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)], default=0.0)
             self._captured = few(args, kwargs, _CAPTURED)
+            if self._books is not None:  # opened before the first call, by a rule that makes it inside its step
+                self._books.coarse = self._precision()
+
+    def _precision(self) -> float:
+        """The precision gradients are computed in."""
+        return max([self._coarse or 0.0, *(_eps(p.dtype) for p in self._params.values())])
 
     def _pre(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.closed or self._gone:
@@ -425,7 +431,7 @@ class Watch:
             self._books = Books(charges, self.optimizer, self._params, self._ranks.whole)
         if self._coarse is None:
             self._coarse = _eps(torch.bfloat16)  # not known: gradients may come from autocast
-        self._books.coarse = max(self._coarse, *(_eps(p.dtype) for p in self._params.values()))
+        self._books.coarse = self._precision()
         self.budget.meters["drift"].active &= bool(self._books.books)
         self._activate()
         if self._stored is not None:
