@@ -395,6 +395,27 @@ def test_between_observed_steps_the_prediction_keeps_its_error_bar(name: str, tm
     assert 0.1 < float(np.sqrt(np.mean(np.square(found)))) < 2.5 and max(map(abs, found)) < 5, found  # with momentum it is cautious
 
 
+def errors(folder: Path, measure: tuple[str, ...], seed: int) -> list[float]:
+    """Errors at the end of a run that is looked at every 40th step, and glanced at every 4th where it is asked for."""
+    every = {"core": 40, "drift": 4}
+    _, _, watch = watched(folder, {"lr": 3e-3}, 130, rule=torch.optim.AdamW, seed=seed, every=every, measure=measure)
+    watch.close()
+    found = []
+    for label, where in (("first", "0"), ("second", "2")):
+        seen = series(folder / "run.sqlite", f"{label}: prediction error", where)
+        assert list(seen.step) == [1, 40, 80, 120, 130]  # and once more at the end
+        found.append(float(seen.value[-1]))
+    return found
+
+
+def test_glances_between_looks_tell_what_the_charges_did(tmp_path: Path) -> None:
+    with_, without = [], []
+    for seed in range(3):
+        with_ += errors(tmp_path / f"{seed} glances", ("core", "drift"), seed)
+        without += errors(tmp_path / f"{seed} looks", ("core",), seed)
+    assert float(np.median(with_)) < 0.2 and float(np.median(without)) > 2 * float(np.median(with_)), (with_, without)
+
+
 def test_a_prediction_without_the_size_of_the_step_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: the source taken with the wrong sign is far outside of the error bar."""
     law = Books._law

@@ -60,6 +60,11 @@ class Book:
     size: float = 0.0
     seen: int = 0
     violations: int = 0
+    # of the steps since it was last observed: how many, and the powers of the rate they add up to
+    skipped: int = 0
+    gap: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    off: float = 0.0  # mean square error of its numbers that the parts' spread lets expect
+    need: float = math.inf  # that over the mean square of their change
     # of the step that is being observed
     value: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)  # those that are missing are zero
@@ -97,12 +102,12 @@ class Books:
         self.optimizer, self.params, self.whole = optimizer, params, whole
         self.sgd = type(optimizer) is torch.optim.SGD
         self._group = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-        self._gap = [[0.0, 0.0, 0.0] for _ in optimizer.param_groups]
-        self._skipped = 0
+        self._groups, self._glances = len(optimizer.param_groups), 0
         self._squares: dict[tuple[str, str], float] = {}
         self._old: dict[str, Tensor] = {}  # weights before the step, of charges without a law
         self._moves: dict[str, tuple[Tensor, Tensor]] = {}
         self._steps: dict[str, tuple[Tensor | None, Tensor]] = {}
+        self._taken: list[Book] = []  # what is observed at this step
         self.coarse = torch.finfo(torch.float32).eps  # precision that gradients are computed in
         names: dict[tuple[str, str], int] = {}
         self.books = []
@@ -139,9 +144,9 @@ class Books:
     def _regroup(self) -> None:
         """Take in groups that joined the optimiser during the run."""
         groups = self.optimizer.param_groups
-        if len(groups) == len(self._gap):
+        if len(groups) == self._groups:
             return
-        self._gap = [*self._gap, *[[0.0, 0.0, 0.0] for _ in groups[len(self._gap) :]]][: len(groups)]
+        self._groups = len(groups)
         before, self._group = self._group, {id(p): i for i, g in enumerate(groups) for p in g["params"]}
         for book in self.books:
             new = [n for n in book.names if id(self.params[n]) in self._group and id(self.params[n]) not in before]
@@ -156,12 +161,24 @@ class Books:
     def skip(self) -> None:
         """A step that is not observed: keep what the prediction needs of it."""
         self._regroup()
-        self._skipped += 1
-        for at, g in zip(self._gap, self.optimizer.param_groups, strict=True):
-            lr = _pace(g)
-            at[0] += lr * float(g.get("weight_decay") or 0.0)
-            at[1] += lr * lr
-            at[2] += lr
+        self._pass(self.books)
+
+    def _pass(self, books: Sequence[Book]) -> None:
+        powers = [_powers(g) for g in self.optimizer.param_groups]
+        for book in books:
+            book.skipped += 1
+            book.gap = [a + b for a, b in zip(book.gap, powers[self._at_group(book)], strict=True)]
+
+    def _at_group(self, book: Book) -> int:
+        return self._group.get(id(self.params[book.names[0]]), 0)
+
+    def _glanced(self) -> list[Book]:
+        """What to take at a glance: the half of the charges with the largest error to be expected, every other time all."""
+        known = [b for b in self.books if b.predicted is not None and not b.waits]
+        self._glances += 1
+        if self._glances % 2:
+            return known
+        return sorted(known, key=lambda b: -b.need)[: (len(known) + 1) // 2]
 
     # -- an observed step --------------------------------------------------------------------------------------------------------
 
@@ -175,12 +192,14 @@ class Books:
         self._regroup()
         self._squares, self._moves, self._steps = {}, {}, {}
         kept: dict[str, None] = {}
-        for book in self.books:
+        self._taken = self._glanced() if glance else self.books
+        if glance:
+            taken = {id(b) for b in self._taken}
+            self._pass([b for b in self.books if id(b) not in taken])
+        for book in self._taken:
             if book.waits and (metric := self._metric(book.names)) is not None:
                 book.metric, book.waits = metric, False
             book.exact, book.parts, book.along = False, {}, None
-            if glance and book.predicted is None:
-                continue
             book.why = book.note or ("the gradient is computed inside the step" if late_gradient else self._obstacle(book))
             if not book.why:
                 self._law(book, self._at(book), glance)
@@ -348,9 +367,7 @@ class Books:
 
     def glance(self) -> None:
         """Take in what the step did to the parts, without measuring the charges: after ``before(glance=True)``."""
-        for book in self.books:
-            if book.waits or book.predicted is None:
-                continue
+        for book in self._taken:
             if not book.exact:
                 self._identity(book, glance=True)
             self._advance(book)
@@ -367,18 +384,16 @@ class Books:
             if book.waits or book.predicted is None:
                 continue
             now = book.charge(self._at(book), book.metric)
-            at = self._group.get(id(self.params[book.names[0]]), 0)
-            for k, total in zip(_PARTS, self._gap[at], strict=True):
+            for k, total in zip(_PARTS, book.gap, strict=True):
                 if k in book.rates:
                     book.predicted = book.predicted + total * book.rates[k]
+            book.skipped, book.gap = 0, [0.0, 0.0, 0.0]
             if self._finite(book, now) and now.numel():
                 rows += self._told(book, now)
         self._close_step()
         return rows
 
     def _close_step(self) -> None:
-        self._gap = [[0.0, 0.0, 0.0] for _ in self.optimizer.param_groups]
-        self._skipped = 0
         self._old, self._moves, self._steps = {}, {}, {}
 
     def _finite(self, book: Book, now: Tensor) -> bool:
@@ -432,27 +447,29 @@ class Books:
 
     def _advance(self, book: Book) -> None:
         """Carry the prediction over the steps since the last observation, and over this one."""
-        at = self._group.get(id(self.params[book.names[0]]), 0)
-        group = self.optimizer.param_groups[at]
-        lr = _pace(group)
-        power = (lr * float(group.get("weight_decay") or 0.0), lr * lr, lr)
+        power = _powers(self.optimizer.param_groups[self._at_group(book)])
         rates = {k: book.parts[k] / w for k, w in zip(_PARTS, power, strict=True) if w > 0 and k in book.parts}
         if book.predicted is None:
             assert book.value is not None
             book.predicted, book.start = book.value.clone(), book.value.clone()
-        elif self._skipped:
+        elif book.skipped:
             spread = 0.0
-            for k, total in zip(_PARTS, self._gap[at], strict=True):
+            for k, total in zip(_PARTS, book.gap, strict=True):
                 sides = [side[k] for side in (book.rates, rates) if k in side]
                 if sides:
                     book.predicted = book.predicted + total * (sides[0] + sides[-1]) / 2
-                    spread += total * book.mean(sides[-1] - sides[0])
+                    apart = sides[-1] - sides[0]
+                    spread += total * book.mean(apart)
+                    book.off += 0.5 * total**2 * float(apart.square().mean())
             # an observed rate of spread s stands for its neighbourhood: variance s^2, and E (difference)^2 = 2 s^2; with momentum this
             # is more than the truth, because what inertia adds at one step it takes back at the next
             book.variance += 0.5 * spread**2
         for part in book.parts.values():
             book.predicted = book.predicted + part
         book.rates = {**book.rates, **rates}  # a step of rate zero shows none
+        if book.skipped and book.start is not None:
+            book.need = book.off / max(float((book.predicted - book.start).square().mean()), 1e-300)
+        book.skipped, book.gap = 0, [0.0, 0.0, 0.0]
 
     def _told(self, book: Book, now: Tensor) -> list[Row]:
         """The charge and its prediction."""
@@ -533,11 +550,12 @@ class Books:
             {
                 "label": b.label, "where": b.where, "predicted": b.predicted, "start": b.start, "variance": b.variance,
                 "rates": dict(b.rates), "metric": dict(b.metric), "seen": b.seen, "violations": b.violations, "size": b.size,
+                "skipped": b.skipped, "gap": list(b.gap), "off": b.off,
             }
             for b in self.books
         ]  # fmt: skip
 
-    def restore(self, state: Sequence[Mapping[str, Any]], gap: Sequence[Sequence[float]], skipped: int) -> None:
+    def restore(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Go on with the predictions of charges of the same name and place; the others start anew."""
         known = {(s["label"], s["where"]): s for s in state}
         for b in self.books:
@@ -546,8 +564,7 @@ class Books:
                 continue
             b.predicted, b.start, b.variance, b.rates = s["predicted"], s["start"], s["variance"], dict(s["rates"])
             b.metric, b.seen, b.violations, b.size = dict(s["metric"]), s["seen"], s["violations"], s["size"]
-        if len(gap) == len(self._gap):
-            self._gap, self._skipped = [list(g) for g in gap], skipped
+            b.skipped, b.gap, b.off = int(s.get("skipped", 0)), [float(v) for v in s.get("gap", b.gap)], float(s.get("off", 0.0))
 
 
 def rate_of(group: Mapping[str, Any]) -> float | None:
@@ -560,6 +577,12 @@ def _pace(group: Mapping[str, Any]) -> float:
     """What a step counts for in the prediction: its rate, or 1 where none is stated."""
     lr = rate_of(group)
     return 1.0 if lr is None else lr
+
+
+def _powers(group: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Of a step's rate: what decay, source and cross term go with."""
+    lr = _pace(group)
+    return lr * float(group.get("weight_decay") or 0.0), lr * lr, lr
 
 
 def _index(vectors: Sequence[Params], vector: Params) -> int:

@@ -799,8 +799,6 @@ class Watch:
         return {
             "step": self.step,
             "books": books.state() if books is not None else [],
-            "gap": [list(g) for g in books._gap] if books is not None else [],
-            "skipped": books._skipped if books is not None else 0,
             "pairs": self._pairs.state(),
             "micro": self._micro.state(),
             "collapse": [list(k) for k in sorted(self._seen_collapse)],
@@ -831,7 +829,7 @@ class Watch:
 
     def _restore_books(self) -> None:
         assert self._books is not None and self._stored is not None
-        self._books.restore(self._stored["books"], self._stored.get("gap", ()), int(self._stored.get("skipped", 0)))
+        self._books.restore(self._stored["books"])
         self._stored = None
 
 
