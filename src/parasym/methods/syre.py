@@ -222,6 +222,7 @@ class Pull:
         self.anchor, self.optimizer, self.every, self.told = anchor, optimizer, every, decay
         self._names = {p: n for n, p in anchor.parameters.items()}
         self._lent: list[tuple[dict[str, Any], float]] = []
+        self._late: list[dict[str, Any]] = []  # groups that are pulled after the step
         pulled = False
         for group in optimizer.param_groups:
             way = self._way(group) if group.get("weight_decay") or "weight_decay" not in group else "shrink"
@@ -286,6 +287,7 @@ class Pull:
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         self._give_back()  # of a step that raised an error
+        self._late = []
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._act()
@@ -298,9 +300,11 @@ class Pull:
 
         return (args, {**kwargs, "closure": followed}) if "closure" in kwargs else ((args[0], followed, *args[2:]), kwargs)
 
-    @torch.no_grad()
     def _act(self, inside: bool = False) -> None:
-        """Before the step, or ``inside`` it, where the optimiser may have read its options."""
+        """Before the step, or ``inside`` it, where the optimiser may have read its options.
+
+        It runs at every step with cold caches, where each call costs: nothing is entered that is not needed.
+        """
         groups = list(self._groups())
         for group, way in groups:  # before anything is written
             if way == "shrink" and _wipes(decay_rate(self.optimizer, group)):
@@ -310,13 +314,12 @@ class Pull:
                 self._shrink(group)
             elif way == "gradient":
                 self._gradient(group, inside)
+        self._late = [group for group, way in groups if way == "momentum"]
 
-    @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._give_back()
-        for group, way in self._groups():
-            if way == "momentum":
-                self._momentum(group)
+        for group in self._late:
+            self._momentum(group)
 
     def _shrink(self, group: dict[str, Any]) -> None:
         """Decoupled decay: what this step owes, or what has been owed for some steps, before the step, which shrinks it as well."""
@@ -356,6 +359,7 @@ class Pull:
         group["syre_owed"], group["syre_step"] = (0.0, 0) if due else (kept * owed, group["syre_step"])
         return owed if due else 0.0
 
+    @torch.no_grad()
     def _gradient(self, group: dict[str, Any], inside: bool) -> None:
         """Decay in the gradient: all of it here, and none by the optimiser, in place of one pass more over the weights."""
         params, names = self._held(group)
@@ -376,6 +380,7 @@ class Pull:
             group["weight_decay"] = rate
         self._lent = []
 
+    @torch.no_grad()
     def _pull(self, params: list[Tensor], names: list[str]) -> list[Tensor]:
         """theta - D (theta - theta0) for each parameter: what decay towards theta0 gives beyond the plain one."""
         points = [self.anchor.theta0(n) for n in names]
@@ -486,6 +491,7 @@ def _wipes(lost: float | Tensor) -> bool:
     return bool(lost == 1)
 
 
+@torch.no_grad()
 def _add(targets: list[Tensor], moves: list[Tensor], rate: float | Tensor) -> None:
     """targets += rate * moves, in place."""
     if isinstance(rate, Tensor):
