@@ -287,7 +287,7 @@ def rebasin(kinds: Sequence[str], pairs: int, seed: int) -> None:
     """Loss barriers between two independently trained networks, before and after each alignment.
 
     Networks and judges see the training digits, nobody sees the test digits before the last column of each pair of figures. Both methods
-    have the same number of restarts: weight matching draws as many orders as ours makes descents (three kinds of ``RESTARTS``).
+    have the same number of restarts: weight matching draws as many orders as ours makes descents (five times ``RESTARTS``).
     """
     from parasym.gallery.digits import digits
 
@@ -308,7 +308,7 @@ def rebasin(kinds: Sequence[str], pairs: int, seed: int) -> None:
             x = d.x[:32]
             symmetries = symmetries or find_symmetries(b, (x,), None, 0, still)
             va, vb = views(a), views(b)
-            matched = [with_views(b, weight_matching(va, vb, spec, s)) for s in range(3 * RESTARTS)]
+            matched = [with_views(b, weight_matching(va, vb, spec, s)) for s in range(5 * RESTARTS)]
             nets = (
                 b,
                 min(matched, key=lambda m: gap(a, m)),

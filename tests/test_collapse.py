@@ -20,6 +20,7 @@ from parasym.core.samples import flatten
 from parasym.measure.collapse import Thresholds, advice, collapse, find_layers, independent_units, nearest, weight_collapse
 from parasym.measure.neurons import independent_neurons, neuron_vectors
 from parasym.measure.slices import owners
+from parasym.methods import compress
 from parasym.symmetry.dictionary import Copies, Entry, Term
 from parasym.symmetry.dictionary import Place as Where
 from parasym.symmetry.places import places_of
@@ -696,7 +697,8 @@ def test_rows_and_advice_are_json_and_commands_run() -> None:
     model, x = mlp()
     copy_unit(model, "2", 7, 2, 2.0)
     with torch.no_grad():
-        model[0].bias[4] = -100
+        model[0].weight[4] = 0  # dead whatever comes in
+        model[0].bias[4] = -1
         model[0].bias[5] = 100
         model[2].weight[:, 5] *= 1e-2
     rows = [r for r in rows_of(model, x) if r["where"] == "0"]
@@ -713,6 +715,16 @@ def test_rows_and_advice_are_json_and_commands_run() -> None:
         left = [r for r in rows_of(session["model"], x) if r["where"] == "0" and r["kind"] == row["kind"]]
         assert a["method"] and not left, a["command"]  # what was found is gone
     assert "parasym fix" not in json.dumps(found)
+
+
+def test_a_unit_that_larger_inputs_would_wake_goes_only_where_the_inputs_are_trusted() -> None:
+    model, x = mlp()
+    with torch.no_grad():
+        model[0].bias[4] = -100
+    row = next(r for r in rows_of(model, x) if r["where"] == "0" and r["kind"] == "dead")
+    assert "trust_inputs=True" in advice([row])[0]["why"]
+    assert compress(model, (x,)).edited()[0].out_features == model[0].out_features
+    assert compress(model, (x,), trust_inputs=True).edited()[0].out_features < model[0].out_features
 
 
 @pytest.mark.parametrize(("sick", "line"), [("near", "Mirror.merged"), ("equal", "syre(model)"), ("dead", "syre(model)"), (None, "")])

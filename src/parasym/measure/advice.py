@@ -68,7 +68,8 @@ def _remedy(r: Row) -> _Remedy | None:
             else gradient
         )
         do = (
-            " Delete it: the outputs do not change."
+            " Delete it: the outputs do not change. Compress deletes what inputs of any size leave dead; with trust_inputs=True "
+            "(--trust-inputs), also what no input like yours wakes."
             if r["removable"]
             else " Removing it changes outputs on other data; measure on more of yours before you do."
         )

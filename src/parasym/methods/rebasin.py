@@ -114,12 +114,14 @@ class Agreement(Objective):
             ([], Matcher(problem.orbit, weights, False)),
         ]
         plain = replace(problem.orbit, discrete=tuple(_unsigned(problem.orbit)))
-        if self.data is not None:
-            aims.append(([], Matcher(plain, weights, False)))
+        weight_matching = Matcher(plain, weights, False)
+        aims.append(([], weight_matching))
         for attempt in range(max(1, self.restarts)):
             problem.tell(attempt / self.restarts)
             for first, aim in aims:
                 yield [*first, *aim.match(apply(first, start), problem.generator)], bool(first)
+        for _ in range(2 * self.restarts):  # cheap, and its optima are many: as often as all kinds together
+            yield weight_matching.match(start, problem.generator), False
         if self.data is not None:
             for size in _SIZES:
                 yield self._learned(problem, plain, start, weights, size), bool(pairs)
