@@ -151,12 +151,13 @@ def test_a_rank_that_still_grows_is_no_count(monkeypatch: pytest.MonkeyPatch) ->
     assert "the rank did not settle" in [u["name"] for u in result.undecided]
 
 
-@pytest.mark.parametrize("name", ["conv-bn-relu-eval", "bert_eps1e-5", "rnn-relu"])
+@pytest.mark.parametrize("name", ["conv-bn-relu-eval", "gpt-design", "rnn-relu"])
 def test_many_small_batches_at_once_are_the_batches_one_by_one(name: str) -> None:
     model, inputs = CASES[name].build()
-    graph = trace(model, inputs[0])
+    small = tuple(a[:2] for a in inputs[0])
+    graph = trace(model, small)
     generator = torch.Generator().manual_seed(0)
-    batches = [draw(graph, flatten(graph, inputs[0]), generator) for _ in range(9)]
+    batches = [draw(graph, flatten(graph, small), generator) for _ in range(5)]
     flat = flat_of(graph)
     each = torch.cat([jacobian(graph, graph.params, graph.prepare(b), flat) for b in batches])
     stack = Together(graph, [graph.prepare(b) for b in batches])
