@@ -250,7 +250,7 @@ def audit_checkpoint(
     with rng_state():
         tell("trace", 0.0)
         graph = trace(model, args, kwargs, values=False)
-        keys = {} if file is None else _keys(graph, file.header, Path(str(path)))
+        keys = {} if path is None or file is None else _keys(graph, file.header, Path(path))
         found = audit_full_size(model, args, kwargs, graph, None, generator, tell)
         entries = [e for e in found.search.entries if e is not None]
         tell("collapse", 0.0)

@@ -52,7 +52,7 @@ class Loaded:
 
     @property
     def hollow(self) -> bool:
-        """Shapes without weights: the network was too large to be made."""
+        """Whether there are shapes without weights only: an ``hf:`` network that would take more than half the memory."""
         return any(p.device.type == "meta" for p in self.model.parameters())
 
 

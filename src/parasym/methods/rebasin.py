@@ -38,7 +38,9 @@ class Agreement(Objective):
 
     Attributes:
         reference: a model of the same architecture, or its state dict.
-        restarts: random orders in which index spaces are matched; the closest result is kept.
+        restarts: random orders in which index spaces are matched, for each kind of matching (plain weight matching three times as
+            often); the closest result is kept. Where scales do not count (before a norm) the closest need not have the lowest
+            barrier: give data where there is some.
         continuous: use rotations, rescalings and shifts too; False leaves permutations and signs.
         iterations: of the last descent.
         loss_fn, data: where given, candidates (each restart, before and after the continuous moves) are judged by the loss midway between
@@ -120,7 +122,7 @@ class Agreement(Objective):
             problem.tell(attempt / self.restarts)
             for first, aim in aims:
                 yield [*first, *aim.match(apply(first, start), problem.generator)], bool(first)
-        for _ in range(2 * self.restarts):  # cheap, and its optima are many: as often as all kinds together
+        for _ in range(2 * self.restarts):  # cheap, and its optima are many
             yield weight_matching.match(start, problem.generator), False
         if self.data is not None:
             for size in _SIZES:

@@ -47,7 +47,8 @@ class FullSize:
     Attributes:
         symmetries: written at full size.
         search: entries at full size, and what stayed open.
-        rank, nullity, explained, gap: of the twin; None without one.
+        rank, nullity, gap: of the twin; explained: share of its null directions with a certified counterpart at full size; None
+            without a twin.
         method, twin: how, in words.
         rest: each parameter where no certified symmetry moves it.
     """

@@ -33,7 +33,8 @@ from parasym.symmetry.symmetry import Kind, Level, Symmetry
 from parasym.symmetry.tangent import Flat, NullSpace, edge_motion, flat_of, jacobian, kernel, null_space, triangular
 
 Progress = Callable[[str, float], None]
-_MAX_BATCHES, _ROWS = 64, 12
+_MAX_BATCHES = 64  # drawn until the rank settles,
+_ROWS = 12  # or as many as give this many equations for each entry of a parameter
 _NEARLY = 1e-2  # a finite element of an approximate symmetry changes the outputs by less
 _SHARES = (1.0, -1.0, 1 / MARGIN, -1 / MARGIN, 0.2 / MARGIN, -0.2 / MARGIN)  # both ways: a kink may stand nearer than the far end
 _SEEN = 1e-11  # relative derivative above which a batch sees a direction
